@@ -1,0 +1,293 @@
+"""CLIP from scratch: the eye of ViP-LLaVA (Radford et al., arXiv 2103.00020; ViP-LLaVA, section 3.1).
+
+A ViT cuts the image into patches and refines them block by block. Its last layers know *what* is there but have
+forgotten *where the red line ran*; ViP-LLaVA therefore reads several depths at once and joins them per patch:
+
+    image  (any size, upright RGB)
+    pixels (B, 3, S, S)        preprocess: pad to a square, resize, normalise
+    x      (B, 1 + N, C)       class token and N = (S / patch)^2 patch embeddings, plus positions
+    hidden_states[0]           after pre_layernorm
+    hidden_states[i]           after block i, for i = 1 … L
+    features (B, N, 5 · C)     CLIPVision(pixels, (-2, -5, -8, -11, 6)), the class token dropped
+
+Pitfalls
+  * A layer's number is an index into the L + 1 hidden states, so with L = 24 the released (-2, -5, -8, -11, 6) are the
+    outputs of blocks 23, 20, 17, 14 and 6. The paper's text says 24, 21, 18, 15 and 6: the weights follow the code.
+  * ViT-L/14-336 has 24 layers *and* a 24 x 24 grid. Do not take one for the other.
+  * The tower was trained with quick_gelu, x · sigmoid(1.702 x); the exact GELU silently costs accuracy.
+
+The text tower and the contrastive head are here too, so that an official CLIP checkpoint loads whole:
+
+    clip, tokenize = load_clip("openai/clip-vit-large-patch14-336")           # checkpoint.py
+    clip(pixels, tokenize(["a red arrow", "a blue box"])).softmax(dim=-1)     # zero-shot, (B, number of texts)
+
+Letters: B batch, T tokens, N patches, C channels (width), H heads, D head width, L layers, S image side.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the images that CLIP was trained on, RGB in 0..1
+STD = (0.26862954, 0.26130258, 0.27577711)
+PAD_COLOR = tuple(int(255 * m) for m in MEAN)  # (122, 116, 104)
+
+
+# -- images -> pixels -------------------------------------------------------------------------------------------------
+
+
+def open_image(path) -> Image.Image:
+    """The image at `path`, upright and RGB: the one whose pixels a person points at.
+
+    Raises FileNotFoundError when there is no such file, ValueError when it is not an image that Pillow reads or when
+    it is larger than Pillow's limit against decompression bombs.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no image file at {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return upright(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, the limit; make it smaller") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image; expected a JPEG, PNG, WebP, GIF, BMP or TIFF file") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as an image ({error}); is the file whole?") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """`image` turned as its EXIF tag says, its first frame, as 8-bit RGB; transparent parts lie over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel: keep the high byte, as Pillow's own convert would clip instead
+        return Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; expected 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def preprocess(image: Image.Image, size: int, mode: str = "pad") -> torch.Tensor:
+    """An upright RGB image as a normalised float tensor, shape (3, size, size).
+
+    mode "pad" (the released models' way) centres the image on a square of CLIP's mean colour, so that no marker near
+    the border is lost; "squeeze" ignores the aspect ratio (the paper's VCR evaluation); "crop" keeps the centre only
+    (stage 1 of training, and Hugging Face's processor). Raises ValueError for any other mode.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"preprocess got a {image.mode} image; expected RGB, as upright() returns")
+    w, h = image.size
+    if mode == "pad" and w != h:
+        side = max(w, h)
+        square = Image.new("RGB", (side, side), PAD_COLOR)
+        square.paste(image, ((side - w) // 2, (side - h) // 2))
+        image = square
+    elif mode == "crop":
+        short = min(w, h)
+        image = image.resize((size * w // short, size * h // short), Image.Resampling.BICUBIC)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    elif mode not in ("pad", "squeeze"):
+        raise ValueError(f'unknown mode {mode!r}; expected "pad", "squeeze" or "crop"')
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (3, S, S)
+    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+# -- the transformer that both towers share -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The image tower; the defaults are ViT-L/14 at 336 pixels."""
+
+    image_size: int = 336
+    patch_size: int = 14
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp: int = 4096
+    eps: float = 1e-5
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text tower; the defaults are those beside ViT-L/14."""
+
+    vocab_size: int = 49408
+    context: int = 77
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp: int = 3072
+    eps: float = 1e-5
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, causal: bool) -> torch.Tensor:
+        B, T, C = x.size()
+        q = self.q_proj(x).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, D)
+        v = self.v_proj(x).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x))  # quick_gelu
+
+
+class Block(nn.Module):
+    def __init__(self, config: VisionConfig | TextConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.width, eps=config.eps)
+        self.self_attn = Attention(config.width, config.heads)
+        self.layer_norm2 = nn.LayerNorm(config.width, eps=config.eps)
+        self.mlp = MLP(config.width, config.mlp)
+
+    def forward(self, x: torch.Tensor, causal: bool = False) -> torch.Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), causal)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Weights to start training from; loading a checkpoint replaces them all."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        nn.init.zeros_(module.bias) if module.bias is not None else None
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+
+
+# -- the two towers ---------------------------------------------------------------------------------------------------
+
+
+class CLIPVision(nn.Module):
+    """The image tower. `CLIPVision(config)(pixels, layers)` returns the features of the layers asked for."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        if config.image_size % config.patch_size or config.width % config.heads:
+            raise ValueError(f"image_size must be a multiple of patch_size and width of heads; got {config}")
+        self.config = config
+        C, P = config.width, config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(C))
+        self.patch_embedding = nn.Conv2d(3, C, P, stride=P, bias=False)
+        self.position_embedding = nn.Embedding(1 + config.patches, C)
+        self.pre_layernorm = nn.LayerNorm(C, eps=config.eps)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.post_layernorm = nn.LayerNorm(C, eps=config.eps)  # only the contrastive head uses it
+        nn.init.normal_(self.class_embedding, std=0.02)
+        self.apply(_init_weights)
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels (B, 3, S, S) -> hidden state 0, (B, 1 + N, C)."""
+        B, S = pixels.size(0), self.config.image_size
+        if pixels.shape[1:] != (3, S, S):
+            raise ValueError(f"pixels have shape {tuple(pixels.shape)}; expected (B, 3, {S}, {S})")
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, N, C), row by row
+        x = torch.cat([self.class_embedding.expand(B, 1, -1), patches], dim=1)  # (B, 1 + N, C)
+        return self.pre_layernorm(x + self.position_embedding.weight)
+
+    def hidden_states(self, pixels: torch.Tensor, layers: tuple[int, ...]) -> list[torch.Tensor]:
+        """The hidden states named by `layers`, in that order, each (B, 1 + N, C).
+
+        No block beyond the deepest one asked for is computed. Raises ValueError for a layer that is not there.
+        """
+        L = self.config.layers
+        if not layers or not all(-L - 1 <= i <= L for i in layers):
+            raise ValueError(f"feature layers {tuple(layers)}; expected one or more of {-L - 1}…{L}, 0 being the embeddings")
+        wanted = [i % (L + 1) for i in layers]  # -1 is the last of L + 1 states
+        states = [self.embed(pixels)]
+        for block in self.layers[: max(wanted)]:
+            states.append(block(states[-1]))
+        return [states[i] for i in wanted]
+
+    def forward(self, pixels: torch.Tensor, layers: tuple[int, ...]) -> torch.Tensor:
+        """pixels (B, 3, S, S) -> features (B, N, len(layers) · C), the class token dropped."""
+        return torch.cat([x[:, 1:] for x in self.hidden_states(pixels, layers)], dim=-1)
+
+
+class CLIPText(nn.Module):
+    """The text tower: a causal transformer over at most `context` tokens."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.context, config.width)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_layernorm = nn.LayerNorm(config.width, eps=config.eps)
+        self.apply(_init_weights)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids (B, T), each row ended (and padded) by the end-of-text token -> its state there, (B, C).
+
+        End of text is the largest id of CLIP's vocabulary, so its first place is where argmax points.
+        """
+        B, T = ids.size()
+        if T > self.config.context:
+            raise ValueError(f"a text of {T} tokens; CLIP reads at most {self.config.context}")
+        x = self.token_embedding(ids) + self.position_embedding.weight[:T]  # (B, T, C)
+        for block in self.layers:
+            x = block(x, causal=True)
+        x = self.final_layernorm(x)
+        return x[torch.arange(B, device=ids.device), ids.argmax(dim=-1)]  # (B, C)
+
+
+class CLIP(nn.Module):
+    """Both towers and the contrastive head: how well does each text describe each image?"""
+
+    def __init__(self, vision: VisionConfig, text: TextConfig, projection: int = 768):
+        super().__init__()
+        self.vision_model = CLIPVision(vision)
+        self.text_model = CLIPText(text)
+        self.visual_projection = nn.Linear(vision.width, projection, bias=False)
+        self.text_projection = nn.Linear(text.width, projection, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.visual_projection.apply(_init_weights)
+        self.text_projection.apply(_init_weights)
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels (B, 3, S, S) -> unit vectors (B, projection)."""
+        (x,) = self.vision_model.hidden_states(pixels, (-1,))
+        x = self.vision_model.post_layernorm(x[:, 0])  # the class token, (B, C)
+        return F.normalize(self.visual_projection(x), dim=-1)
+
+    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids (B, T) -> unit vectors (B, projection)."""
+        return F.normalize(self.text_projection(self.text_model(ids)), dim=-1)
+
+    def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """pixels (B, 3, S, S), ids (M, T) -> logits (B, M): scaled cosine similarities."""
+        return self.logit_scale.exp() * self.encode_image(pixels) @ self.encode_text(ids).T

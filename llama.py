@@ -1,0 +1,252 @@
+"""LLaMA from scratch: the voice of ViP-LLaVA (Touvron et al., arXiv 2302.13971 and 2307.09288).
+
+One decoder runs LLaMA-2 and Vicuna, Llama-3 (fewer key heads than query heads) and Phi-3-mini-4k (the same network once
+its fused weights are split, with a sliding window). It takes embeddings, not ids, because an image enters as embeddings:
+
+    embeds (B, T, C)   model.embed_tokens(ids), with patch embeddings spliced in
+    hidden (B, T, C)   model(embeds): training, every position at once
+    logits (B, V)      model.prefill(embeds, cache), the prompt; then model.decode(ids, cache), token by token
+
+Pitfalls
+  * RoPE comes in two conventions. Official *Hugging Face* weights expect "rotate-half": channel i turns together with
+    channel i + D/2. (Meta's own files interleave channels 2i and 2i + 1; their q and k rows are permuted.)
+  * Angles are computed in float32 whatever the weights' type: in bfloat16, position 257 is the same as position 256.
+  * A batch of unequal prompts is padded on the *left*, so that all of them end in the same slot. `start` says where each
+    row begins; positions count from there, and nothing before it is ever attended to.
+
+Letters: B batch, T new tokens, S cache slots, C width, H heads, K key-value heads, D head width, L layers, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a decoder; the defaults are LLaMA-2-7B's, and Vicuna-7B-v1.5's."""
+
+    vocab_size: int = 32000
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    mlp: int = 11008
+    context: int = 4096  # tokens
+    rope_theta: float = 10_000.0
+    eps: float = 1e-5
+    window: int | None = None  # a token sees this many, itself included; None: all before it
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+
+SIZES = {
+    "tiny": LlamaConfig(1024, width=128, layers=4, heads=4, kv_heads=2, mlp=384, context=512),
+    "phi3-mini": LlamaConfig(32064, width=3072, mlp=8192, window=2047),
+    "7b": LlamaConfig(),
+    "llama3-8b": LlamaConfig(128256, kv_heads=8, mlp=14336, context=8192, rope_theta=500_000.0),
+    "13b": LlamaConfig(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824),
+}
+
+
+class KVCache:
+    """Keys and values of the tokens so far, in slots allocated once; every row of a batch fills the same slots.
+
+    start (B,) is each row's first real slot (left padding lies before it); `length`, a tensor on the device so that a
+    compiled step never waits for the host, counts the slots in use.
+    """
+
+    def __init__(self, config: LlamaConfig, start: torch.Tensor, slots: int, dtype: torch.dtype):
+        shape = (config.layers, start.size(0), config.kv_heads, slots, config.head_width)  # (L, B, K, S, D)
+        self.k = torch.zeros(shape, device=start.device, dtype=dtype)
+        self.v = torch.zeros(shape, device=start.device, dtype=dtype)
+        self.start = start
+        self.length = torch.zeros((), device=start.device, dtype=torch.long)
+        self.slots = torch.arange(slots, device=start.device)  # (S,)
+
+    def update(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+        """Write k, v (B, K, T, D) into `slots` (T,); return all of the layer's, (B, K, S, D) each."""
+        self.k[layer].index_copy_(2, slots, k)
+        self.v[layer].index_copy_(2, slots, v)
+        return self.k[layer], self.v[layer]
+
+
+# -- leaves -----------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.float()  # the mean of squares overflows float16
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
+
+
+def rope_table(positions: torch.Tensor, config: LlamaConfig, dtype: torch.dtype):
+    """Cosines and sines for positions (B, T): two tensors (B, 1, T, D), computed in float32, returned in `dtype`."""
+    D = config.head_width
+    frequency = config.rope_theta ** (-torch.arange(0, D, 2, device=positions.device).float() / D)  # (D / 2,)
+    angle = positions[:, None, :, None].float() * frequency  # (B, 1, T, D / 2)
+    angle = torch.cat([angle, angle], dim=-1)  # (B, 1, T, D): channels i and i + D / 2 share an angle
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair of channels (i, i + D/2) of x (B, H, T, D) by its position's angle."""
+    a, b = x.chunk(2, dim=-1)  # (B, H, T, D / 2) each
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        C, D = config.width, config.head_width
+        self.layer, self.head_width = layer, D
+        self.q_proj = nn.Linear(C, config.heads * D, bias=False)
+        self.k_proj = nn.Linear(C, config.kv_heads * D, bias=False)
+        self.v_proj = nn.Linear(C, config.kv_heads * D, bias=False)
+        self.o_proj = nn.Linear(config.heads * D, C, bias=False)
+
+    def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None, slots=None) -> torch.Tensor:
+        B, T, C = x.size()
+        q = self.q_proj(x).view(B, T, -1, self.head_width).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_width).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_width).transpose(1, 2)  # (B, K, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.layer, slots, k, v)  # (B, K, S, D)
+        grouped = k.size(1) != q.size(1)  # each key head serves H / K query heads
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.mlp, bias=False)
+        self.up_proj = nn.Linear(config.width, config.mlp, bias=False)
+        self.down_proj = nn.Linear(config.mlp, config.width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width, config.eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.width, config.eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, *context) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# -- the decoder ------------------------------------------------------------------------------------------------------
+
+
+class Llama(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        if config.width % config.heads or config.heads % config.kv_heads or config.head_width % 2:
+            raise ValueError(f"heads must divide width, kv_heads heads, and a head's width be even; got {config}")
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.norm = RMSNorm(config.width, config.eps)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.apply(self._init_weights)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, embeds: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """embeds (B, T, C) -> hidden (B, T, C), normalised and ready for lm_head.
+
+        Without a cache the T tokens are the whole text (training; padding, if any, on the right, where causal attention
+        never looks back from). With a cache they follow the tokens in it.
+        """
+        B, T, C = embeds.size()
+        if cache is None:
+            slots = torch.arange(T, device=embeds.device)  # (T,)
+            positions, mask = slots[None], self._mask(slots, slots) if self._windowed(T) else None
+        else:
+            slots = cache.length + torch.arange(T, device=embeds.device)  # (T,)
+            positions = (slots - cache.start[:, None]).clamp(min=0)  # (B, T)
+            mask = self._mask(slots, cache.slots, cache.start)  # (B, 1, T, S)
+        cos, sin = rope_table(positions, self.config, embeds.dtype)
+        x = embeds
+        for block in self.layers:
+            x = block(x, cos, sin, mask, cache, slots)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+    def _windowed(self, T: int) -> bool:
+        return self.config.window is not None and T > self.config.window
+
+    def _mask(self, queries: torch.Tensor, keys: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
+        """Which key slots (S,) each query slot (T,) may see: boolean, (1 or B, 1, T, S)."""
+        distance = queries[:, None] - keys  # (T, S)
+        seen = distance >= 0
+        if self.config.window is not None:
+            seen = seen & (distance < self.config.window)
+        if start is None:
+            return seen[None, None]
+        real = keys >= start[:, None, None, None]  # (B, 1, 1, S)
+        # A padding token sees itself: a softmax over nothing is NaN, and NaN times zero would reach the others.
+        return seen & real | (distance == 0)
+
+    def prefill(self, embeds: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """The prompt, embeds (B, T, C), into the cache -> logits of the token that follows it, (B, V)."""
+        return self.lm_head(self(embeds, cache)[:, -1])
+
+    def decode(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """One token a row, ids (B,), into the cache -> logits of the next, (B, V)."""
+        return self.lm_head(self(self.embed_tokens(ids[:, None]), cache)[:, -1])
+
+
+# -- from logits to a token ---------------------------------------------------------------------------------------------
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """logits (B, V) -> ids (B,).
+
+    temperature 0 takes the likeliest token. Otherwise logits / temperature, then only the top_k likeliest (0: all), then
+    only the likeliest ones whose probabilities first sum to top_p, as Hugging Face orders the three. `generator` lives on
+    the logits' device; None is PyTorch's global one. Raises ValueError for a value out of range.
+    """
+    if not (0 <= temperature < float("inf") and top_k >= 0 and 0 < top_p <= 1):
+        raise ValueError(
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}; expected temperature >= 0, top_k >= 0, 0 < top_p <= 1"
+        )
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.size(-1):
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1:
+        ordered, index = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens: 0 for the first, which stays
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= top_p)
+        logits = logits.masked_fill(drop, float("-inf"))
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)

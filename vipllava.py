@@ -1,0 +1,165 @@
+"""ViP-LLaVA: a picture with markers drawn on it, joined to a language model (Cai et al., arXiv 2312.00784, section 3).
+
+The whole method is in this file's few lines: CLIP looks at the *marked* image, features of five of its layers are
+joined, a small projector turns each patch into something that reads like a word, and LLaMA answers.
+
+    pixels   (I, 3, S, S)      the marked images of a batch, in the order in which the prompts mention them
+    features (I, N, 5 · Cv)    clip.CLIPVision(pixels, feature_layers)
+    patches  (I, N, C)         projector: LayerNorm -> Linear -> GELU -> Linear
+    ids      (B, T)            prompts; chat.IMAGE, which stands for an image, repeated for each of its N patches
+    embeds   (B, T, C)         splice: word embeddings, and patches where IMAGE stood
+    logits   (B, V)            llama.Llama
+
+Nothing tells the model where a marker is, except the marker's own pixels.
+
+Pitfalls
+  * The projector's GELU is the exact one (erf); CLIP's is quick_gelu.
+  * Image patches take ordinary positions and are masked causally, like words.
+  * Embedding rows from `image_token_id` on were added when a checkpoint was converted; nobody trained them, so nothing
+    here ever samples them.
+
+    model, tokenizer = checkpoint.load("tiny")
+    for (token,) in model.generate([ids], pixels, max_new_tokens=64, stop_ids={tokenizer.eos}): ...
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from chat import IMAGE
+from clip import CLIPVision, VisionConfig
+from llama import KVCache, Llama, LlamaConfig, sample
+
+IGNORE = -100  # a label that is not trained
+
+
+@dataclass(frozen=True)
+class ViPLLaVAConfig:
+    vision: VisionConfig = VisionConfig()
+    text: LlamaConfig = LlamaConfig(vocab_size=32064)
+    feature_layers: tuple[int, ...] = (-2, -5, -8, -11, 6)  # hidden states of CLIP, see clip.py
+    projector_eps: float = 1e-5
+    image_token_id: int = 32000  # ids below it are words
+    template: str = "llava_v1"  # the conversation format that the weights were trained with, see chat.py
+
+
+class Projector(nn.Module):
+    """Features of several CLIP layers -> embeddings of the language model, patch by patch."""
+
+    def __init__(self, config: ViPLLaVAConfig):
+        super().__init__()
+        joined = len(config.feature_layers) * config.vision.width
+        self.layernorm = nn.LayerNorm(joined, eps=config.projector_eps)  # the layers' scales differ widely
+        self.linear_1 = nn.Linear(joined, config.text.width)
+        self.linear_2 = nn.Linear(config.text.width, config.text.width)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """features (I, N, L · Cv) -> patches (I, N, C)."""
+        return self.linear_2(F.gelu(self.linear_1(self.layernorm(features))))
+
+
+class ViPLLaVA(nn.Module):
+    def __init__(self, config: ViPLLaVAConfig):
+        super().__init__()
+        self.config = config
+        self.vision = CLIPVision(config.vision)
+        self.projector = Projector(config)
+        self.llama = Llama(config.text)
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels (I, 3, S, S) -> patches (I, N, C)."""
+        return self.projector(self.vision(pixels, self.config.feature_layers))
+
+    def splice(self, ids: torch.Tensor, patches: torch.Tensor | None) -> torch.Tensor:
+        """ids (B, T) with N times IMAGE an image, patches (I, N, C) -> embeds (B, T, C).
+
+        Raises ValueError when the places and the patches are not equally many.
+        """
+        places = ids == IMAGE  # (B, T)
+        embeds = self.llama.embed_tokens(ids.clamp(min=0))  # (B, T, C), the places to be overwritten
+        given = 0 if patches is None else patches.size(0) * patches.size(1)
+        if places.sum() != given:
+            raise ValueError(f"the prompts hold {int(places.sum())} image places, the images give {given} patches")
+        if patches is None:
+            return embeds
+        return embeds.masked_scatter(places[:, :, None], patches.to(embeds.dtype))
+
+    def forward(self, ids: torch.Tensor, pixels: torch.Tensor | None = None) -> torch.Tensor:
+        """ids (B, T), padded on the right if at all, and pixels (I, 3, S, S) -> hidden (B, T, C) for llama.lm_head."""
+        return self.llama(self.splice(ids, None if pixels is None else self.encode_images(pixels)))
+
+    def loss(self, ids: torch.Tensor, labels: torch.Tensor, pixels: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean cross-entropy of the next token over the labels (B, T) that are not IGNORE.
+
+        The head, the largest matrix of a small model, is applied only where a label is trained.
+        """
+        hidden = self(ids, pixels)[:, :-1]  # the state at t predicts the label at t + 1
+        target = labels[:, 1:]
+        trained = target != IGNORE
+        return F.cross_entropy(self.llama.lm_head(hidden[trained]).float(), target[trained])
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        pixels: torch.Tensor | None = None,
+        *,
+        max_new_tokens: int = 512,
+        stop_ids: Collection[int] = (),
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Answer a batch of prompts, one token a row at a time: yields lists of B ids, None for a row that has ended.
+
+        prompts: B lists of ids with one IMAGE for each image; pixels: all their images in reading order. A row ends with
+        any of stop_ids (which are not yielded) or after max_new_tokens. Sampling options: see llama.sample. Raises
+        ValueError when a prompt and max_new_tokens do not fit the context, before anything is computed.
+        """
+        rows = [expand(p, self.config.vision.patches) for p in prompts]
+        longest, context = max(map(len, rows)), self.config.text.context
+        if longest + max_new_tokens > context:
+            raise ValueError(
+                f"the prompt has {longest} tokens and {max_new_tokens} are to follow; the model's context is {context}"
+            )
+        device, dtype = self.llama.embed_tokens.weight.device, self.llama.embed_tokens.weight.dtype
+        ids, start = pad(rows, 0, side="left")
+        ids, start = ids.to(device), start.to(device)
+        patches = None if pixels is None else self.encode_images(pixels.to(device, dtype))
+        cache = KVCache(self.config.text, start, longest + max_new_tokens, dtype)
+        stop = torch.tensor(sorted(stop_ids), device=device, dtype=torch.long)
+        alive = torch.ones(len(rows), device=device, dtype=torch.bool)
+
+        logits = self.llama.prefill(self.splice(ids, patches), cache)
+        for step in range(max_new_tokens):
+            words = logits[:, : self.config.image_token_id]
+            token = sample(words, temperature, top_k, top_p, generator)  # (B,)
+            alive = alive & ~torch.isin(token, stop)
+            if not alive.any():
+                return
+            yield [t if a else None for t, a in zip(token.tolist(), alive.tolist())]
+            if step + 1 < max_new_tokens:
+                logits = self.llama.decode(token, cache)
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
+def expand(ids: Sequence[int], patches: int) -> list[int]:
+    """One IMAGE for an image -> one IMAGE for each of its patches."""
+    return [i for token in ids for i in ([token] * patches if token == IMAGE else [token])]
+
+
+def pad(rows: Sequence[Sequence[int]], fill: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of unequal length -> (B, T), filled up on the "left" or "right"; and where each row starts, (B,)."""
+    assert side in ("left", "right"), side
+    longest = max(map(len, rows))
+    start = [longest - len(row) if side == "left" else 0 for row in rows]
+    table = torch.full((len(rows), longest), fill)
+    for row, s, out in zip(rows, start, table):
+        out[s : s + len(row)] = torch.tensor(row)
+    return table, torch.tensor(start)
