@@ -1,0 +1,495 @@
+"""Scenes of coloured objects whose truth is known exactly: what the tiny model learns from, and is tested on.
+
+A photograph has to be annotated; a drawn scene annotates itself. Each one holds 2-6 objects, each a shape in a color,
+each in its own cell of a 3 x 3 grid, so that "bottom left" names one object and no two objects touch. From a scene
+come its picture, its caption, and questions about objects that a visual prompt points out:
+
+    sample_scene   generator               -> Scene     what is where: all the randomness
+    render         Scene                   -> image     the same scene is always the same picture
+    caption        Scene                   -> "top left: a red star. center: a large blue ring."
+    marker_sample  generator, size, kinds  -> Sample    "What is within the red rectangle?" -> "a blue ring"
+
+Three samplers make a Sample(image, markers, turns): `caption_sample` (stage 1, no marker), `marker_sample` (stage 2)
+and `test_sample` (one marker, one question, one right answer). Its image is unmarked: overlay.draw marks it.
+
+Two pitfalls. A marker may vanish in what it lies on (a red point on a red star): then it is sampled again. And two
+markers in one image must be told apart by their words: their kinds differ, or both have named and unlike colors.
+
+    python -m data.scenes write OUT -n 100 --split test    official records: RefCOCOg regions and LLaVA captions
+    python -m data.scenes sheet sheet.png                  twelve samples with their questions, to look at
+    python -m data.scenes example examples/scene.png       one fixed scene, and
+    python -m data.scenes markers examples/markers.png     the eight markers on it
+"""
+import argparse
+import json
+import math
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import wrap
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from chat import Turn
+from overlay import KINDS, RELEASED, Distribution, Marker, Region, draw, phrase, sample_marker
+
+# ---- what a scene may hold; all lengths in parts of the image's shorter side ---------------------------------------
+# No triangle: "the red triangle" would name both an object and a marker. No gray: backgrounds are grayish.
+OBJECT_COLORS = {"red": (205, 25, 40), "orange": (255, 128, 10), "yellow": (255, 232, 60), "green": (20, 150, 50),
+                 "blue": (30, 70, 225), "purple": (130, 30, 160), "white": (250, 250, 250), "black": (15, 15, 15)}
+DIAMETERS = {"small": (0.22, 0.26), "large": (0.30, 0.36)}   # the gap keeps the word "large" from being a coin toss
+P_LARGE = 0.5
+ROTATION, STRETCH, BRIGHTNESS = math.radians(20), 0.12, 0.06   # each is the most in either direction
+REACH = 1.42          # how many radii around an object are free of others: its box's corners, and most ellipses
+CELL_EDGE = 0.04      # centers keep this far from the borders of their cell: position words are never a close call
+PLACING_TRIES = 16
+BACKGROUNDS = ("flat", "gradient", "stripes", "noise")
+
+# RELEASED is meant for 336 pixels: at 112 many of its strokes are thinner than a pixel, and faint. BOLD stays seen.
+BOLD = Distribution(alpha=(0.7, 1), mask_alpha=(0.3, 0.5), rectangle_width=(6, 10), ellipse_width=(6, 10),
+                    ellipse_scale=(1.1, 1.4), triangle_width=(5, 8), point_radius=(12, 20), point_spread=1 / 32,
+                    scribble_width=(7, 12), contour_width=(3, 5), arrow_width=(5, 8), arrow_length=(1.0, 110),
+                    arrow_head=(0.35, 0.5), arrow_head_min=18)
+
+# ---- what is asked -------------------------------------------------------------------------------------------------
+P_MARKERS = (0.4, 0.3, 0.3)                  # that one, two, three objects are marked
+P_THIS, P_COLOR, P_SHAPE = 0.25, 0.08, 0.08  # "What is this?" (one marker only), "What color …", "What shape …"
+P_RELATION, P_DESCRIBE = 0.5, 0.25           # as a further turn: how two are related, "Describe the image."
+CLEAR = 1.3           # how many times the smaller of two offsets, or of two differences in color, the larger must be
+CONTRAST = 80         # alpha x distance in RGB, between a marker and what lies under it
+MASKED = 45           # distance in RGB, between an object's color and its tint under a mask
+UNLIKE = 130          # distance in RGB, between the colors of two markers of the same kind
+SPLITS = {"train": 0, "val": 1, "test": 2}
+POSITIONS = (("top left", "top", "top right"), ("left", "center", "right"), ("bottom left", "bottom", "bottom right"))
+
+
+@dataclass(frozen=True)
+class Object:
+    shape: str
+    color: str
+    size: str                                # "small" or "large"
+    rgb: tuple[int, int, int]
+    polygon: tuple[tuple[float, float], ...]  # pixels; drawn exactly so
+    box: tuple[float, float, float, float]    # the polygon's bounds
+
+    @property
+    def center(self):
+        x0, y0, x1, y1 = self.box
+        return (x0 + x1) / 2, (y0 + y1) / 2
+
+
+@dataclass(frozen=True)
+class Background:
+    kind: str
+    colors: tuple[tuple[int, int, int], tuple[int, int, int]]
+    slope: tuple[float, float] = (0.0, 0.0)   # gradient, stripes: periods over the width and over the height
+    seed: int = 0                             # noise
+
+
+@dataclass(frozen=True)
+class Scene:
+    size: tuple[int, int]
+    objects: tuple[Object, ...]
+    background: Background
+
+
+@dataclass(frozen=True)
+class Sample:
+    image: Image.Image            # unmarked
+    markers: tuple[Marker, ...]
+    turns: tuple[Turn, ...]
+
+
+# ---- shapes: unit polygons, centered on their bounds, within a circle of radius 1 ----------------------------------
+def _arc(start, stop, radius=1.0, x=0.0, points=36):
+    angles = np.radians(np.linspace(start, stop, points))
+    return np.stack([x + radius * np.cos(angles), radius * np.sin(angles)], 1)
+
+
+def _star(angles=np.radians(np.arange(-90, 270, 36))):
+    return np.stack([np.cos(angles), np.sin(angles)], 1) * np.resize([1, 0.48], 10)[:, None]
+
+
+def _heart(t=np.linspace(0, 2 * np.pi, 40, endpoint=False)):
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([16 * np.sin(t) ** 3, -y], 1)
+
+
+def _unit(points):
+    points = np.array(points, float)
+    points -= (points.min(0) + points.max(0)) / 2
+    return points / np.hypot(*points.T).max()
+
+
+SHAPES = {name: _unit(points) for name, points in {
+    "circle": _arc(0, 350),
+    "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+    "star": _star(),
+    "cross": [(-1, -.3), (-.3, -.3), (-.3, -1), (.3, -1), (.3, -.3), (1, -.3),
+              (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3), (-1, .3)],
+    "heart": _heart(),
+    "ring": np.concatenate([_arc(90, 450), _arc(450, 90, 0.52)]),   # one polygon: an upright slit joins the rims
+    "moon": np.concatenate([_arc(57.8, 302.2), _arc(275.6, 84.4, 0.85, x=0.45)]),    # where the two circles meet
+    "bar": [(-1, -.32), (1, -.32), (1, .32), (-1, .32)],
+    "hourglass": [(-.9, -1), (.9, -1), (.2, 0), (.9, 1), (-.9, 1), (-.2, 0)],
+    "bolt": [(.4, -1), (-.85, .25), (-.2, .25), (-.4, 1), (.85, -.35), (.2, -.35)],
+}.items()}
+
+
+def make_object(shape, color, size, center, radius, rotation=0.0, stretch=1.0, brightness=1.0):
+    """Center and radius in pixels; `stretch` makes it wider (> 1) or taller (< 1), never beyond the radius."""
+    cos, sin = math.cos(rotation), math.sin(rotation)
+    points = SHAPES[shape] * (radius * min(stretch, 1), radius / max(stretch, 1))
+    points = np.round(points @ ((cos, sin), (-sin, cos)) + center, 2)
+    rgb = tuple(min(255, round(channel * brightness)) for channel in OBJECT_COLORS[color])
+    box = (*points.min(0).tolist(), *points.max(0).tolist())
+    return Object(shape, color, size, rgb, tuple(map(tuple, points.tolist())), box)
+
+
+# ---- scenes --------------------------------------------------------------------------------------------------------
+def sample_scene(generator, size=(224, 224), n=None):
+    """A scene of n objects (2-6 unless told), no two alike in both shape and color, none near another."""
+    n = int(generator.integers(2, 7)) if n is None else n
+    if not 1 <= n <= 9:
+        raise ValueError(f"n is {n}; expected 1 to 9 objects, one for each cell of the 3 x 3 grid")
+    places = _place(generator, size, n)
+    looks = generator.permutation(len(SHAPES) * len(OBJECT_COLORS))[:n].tolist()
+    shapes, colors = list(SHAPES), list(OBJECT_COLORS)
+    objects = []
+    for look, (name, center, radius), jitter in zip(looks, places, (2 * generator.random((n, 3)) - 1).tolist()):
+        objects.append(make_object(shapes[look // len(colors)], colors[look % len(colors)], name, center, radius,
+                                   ROTATION * jitter[0], 1 + STRETCH * jitter[1], 1 + BRIGHTNESS * jitter[2]))
+    return Scene(tuple(size), tuple(objects), _sample_background(generator))
+
+
+def _place(generator, size, n):
+    """(size name, center, radius) for n objects in n cells, no two in each other's reach.
+
+    Each failed try pulls the centers nearer to the middles of their cells; every other one makes a large object
+    small. Small objects in the middles always fit ((REACH + 1) x 0.13 < 1/3), so the last try cannot fail.
+    """
+    width, height = size
+    cells = generator.permutation(9)[:n].tolist()
+    large = (generator.random(n) < P_LARGE).tolist()
+    for patience in range(PLACING_TRIES, -1, -1):
+        places = []
+        for cell, is_large, (u, v, w) in zip(cells, large, generator.random((n, 3)).tolist()):
+            name = "large" if is_large else "small"
+            low, high = DIAMETERS[name]
+            radius = (low + (high - low) * w) / 2 * min(width, height)
+            calm = patience / PLACING_TRIES
+            center = (_coordinate(cell % 3, u, calm, radius, width), _coordinate(cell // 3, v, calm, radius, height))
+            places.append((name, center, radius))
+        if all(math.dist(a, b) > REACH * max(r, s) + min(r, s)
+               for i, (_, a, r) in enumerate(places) for _, b, s in places[:i]):
+            return places
+        if patience % 2 and True in large:
+            large[large.index(True)] = False
+    raise AssertionError(f"{n} small objects in the middles of their cells did not fit: {places}")
+
+
+def _coordinate(cell, u, calm, radius, side):
+    """Along one axis: a center in the cell 0, 1 or 2, `calm` (0-1) times a random offset u (0-1) from its middle."""
+    middle, room = (cell + 0.5) / 3, 1 / 3 - 2 * CELL_EDGE
+    return min(max((middle + calm * room * (u - 0.5)) * side, radius + 1), side - radius - 1)
+
+
+def _sample_background(generator):
+    """Muted on purpose: between black and white, and too gray to pass for a color."""
+    kind = BACKGROUNDS[generator.integers(len(BACKGROUNDS))]
+    base = 105 + 60 * generator.random() + 30 * (generator.random(3) - 0.5)
+    other = base + (36 * generator.random() - 18) + 16 * (generator.random(3) - 0.5)
+    periods = 0.45 if kind == "gradient" else 3 + 7 * generator.random()
+    angle = 2 * math.pi * generator.random()
+    colors = tuple(tuple(color.round().astype(int).tolist()) for color in (base, other))
+    slope = (periods * math.cos(angle), periods * math.sin(angle))
+    return Background(kind, colors, slope, int(generator.integers(2**31)))
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+def render(scene, supersample=4):
+    """The scene as an RGB image: the background, then each object through a mask drawn `supersample` times finer."""
+    image = _background_image(scene.background, scene.size)
+    for thing in scene.objects:
+        x0, y0 = math.floor(thing.box[0]), math.floor(thing.box[1])
+        w, h = math.ceil(thing.box[2]) - x0, math.ceil(thing.box[3]) - y0
+        mask = Image.new("L", (w * supersample, h * supersample))
+        # Pillow counts pixel centers, polygons count pixel corners: hence the half
+        outline = [((x - x0) * supersample - 0.5, (y - y0) * supersample - 0.5) for x, y in thing.polygon]
+        ImageDraw.Draw(mask).polygon(outline, fill=255)
+        image.paste(thing.rgb, (x0, y0), mask.reduce(supersample))
+    return image
+
+
+def _background_image(background, size):
+    """Any background is a field of bytes and a palette: 0 is one color, 128 the other, and 256 would be 0 again."""
+    if background.kind == "flat":
+        return Image.new("RGB", size, background.colors[0])
+    if background.kind == "noise":
+        grains = np.random.default_rng(background.seed).integers(0, 129, (16, 16), dtype=np.uint8)
+        field = Image.fromarray(grains).resize(size, Image.Resampling.BILINEAR)
+    else:                                                  # periods along x and y; a byte wraps by itself
+        along = [(256 * slope / side * np.arange(side)).astype(np.int32).astype(np.uint8)
+                 for slope, side in zip(background.slope, size)]
+        field = Image.fromarray(along[0][None, :] + along[1][:, None])   # (H, W)
+    mix = (1 - np.cos(np.arange(256) * np.pi / 128)) / 2                  # (256,) 0 … 1 … 0
+    first, second = np.array(background.colors, float)
+    palette = (first + mix[:, None] * (second - first)).round().astype(np.uint8)
+    field.putpalette(palette.tobytes())
+    return field.convert("RGB")
+
+
+# ---- words ---------------------------------------------------------------------------------------------------------
+def describe(thing):
+    """'a red star', 'an orange ring'."""
+    return f"{'an' if thing.color[0] in 'aeiou' else 'a'} {thing.color} {thing.shape}"
+
+
+def caption(scene):
+    """Every object in reading order, its position first: a model can say where to look before it looks there."""
+    def cell(thing):
+        (x, y), (width, height) = thing.center, scene.size
+        return int(3 * y / height), int(3 * x / width), x
+
+    lines = []
+    for thing in sorted(scene.objects, key=cell):
+        row, column, _ = cell(thing)
+        noun = describe(thing) if thing.size == "small" else f"a large {thing.color} {thing.shape}"
+        lines.append(f"{POSITIONS[row][column]}: {noun}.")
+    return " ".join(lines)
+
+
+def relation(a, b):
+    """'The red star is left of the blue ring.', by the longer of the two offsets between their centers."""
+    dx, dy = a.center[0] - b.center[0], a.center[1] - b.center[1]
+    if abs(dx) >= abs(dy):
+        word = "left of" if dx < 0 else "right of"
+    else:
+        word = "above" if dy < 0 else "below"
+    return f"The {a.color} {a.shape} is {word} the {b.color} {b.shape}."
+
+
+# ---- samples -------------------------------------------------------------------------------------------------------
+def generator_for(split, seed, index):
+    """The random stream of one sample: no split shares one, and neither workers nor resuming change it."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
+    return np.random.default_rng([SPLITS[split], seed, index])
+
+
+def caption_sample(generator, size=(224, 224)):
+    """An image and its caption, nothing asked: the plain template's pair."""
+    scene = sample_scene(generator, size)
+    return Sample(render(scene), (), (Turn("", caption(scene), image=True),))
+
+
+def test_sample(generator, size=(224, 224), kind="arrow", distribution=RELEASED):
+    """One marker of this kind, "What is {phrase}?", one right answer: the held-out accuracy counts exact matches."""
+    scene = sample_scene(generator, size)
+    (thing,), (marker,) = sample_markers(generator, scene, 1, (kind,), distribution)
+    return Sample(render(scene), (marker,), (Turn(f"What is {phrase(marker)}?", describe(thing), image=True),))
+
+
+test_sample.__test__ = False   # pytest would take it for a test
+
+
+def marker_sample(generator, size=(224, 224), kinds=KINDS, n_markers=None, distribution=RELEASED):
+    """One to three marked objects, a question about each, then perhaps how two are related, or the whole image."""
+    choice = generator.random()
+    if n_markers is None:
+        n_markers = 1 + (choice >= P_MARKERS[0]) + (choice >= P_MARKERS[0] + P_MARKERS[1])
+    if not 1 <= n_markers <= 6:
+        raise ValueError(f"n_markers is {n_markers}; expected 1 to 6, the most objects of a scene")
+    scene = sample_scene(generator, size, n=int(generator.integers(max(2, n_markers), 7)))
+    things, markers = sample_markers(generator, scene, n_markers, kinds, distribution)
+    asked = [_question(generator, thing, marker, alone=len(things) == 1) for thing, marker in zip(things, markers)]
+    if len(things) == 2 and _is_clear(*things) and generator.random() < P_RELATION:
+        asked.append(_related(generator, things, markers))
+    if generator.random() < P_DESCRIBE:
+        asked.append(("Describe the image.", caption(scene)))
+    turns = tuple(Turn(question, answer, image=i == 0) for i, (question, answer) in enumerate(asked))
+    return Sample(render(scene), markers, turns)
+
+
+def sample_markers(generator, scene, n, kinds=KINDS, distribution=RELEASED):
+    """n objects of the scene, and for each a visible marker which words can tell from the others."""
+    if not 1 <= n <= len(scene.objects) or not kinds:
+        raise ValueError(f"{n} markers of {len(kinds)} kinds for {len(scene.objects)} objects; expected one or more "
+                         "of each, and no more markers than objects")
+    things = [scene.objects[i] for i in generator.permutation(len(scene.objects))[:n]]
+    kinds = [kinds[i] for i in generator.integers(len(kinds), size=n)]
+    markers = []
+    for thing, kind in zip(things, kinds):
+        region = Region(box=thing.box, polygons=(thing.polygon,))
+        for _ in range(1000):
+            marker = sample_marker(region, scene.size, generator, kind=kind, distribution=distribution)
+            rivals = [other for other in markers if other.kind == kind]
+            named = kinds.count(kind) == 1 or not phrase(marker).endswith(f"the {kind}")
+            if named and _is_visible(marker, thing, scene) and all(_far(marker, r.color, UNLIKE) for r in rivals):
+                break
+        else:
+            raise ValueError(f"no visible {kind} in 1000 tries that differs from {len(markers)} other markers")
+        markers.append(marker)
+    return tuple(things), tuple(markers)
+
+
+def _far(marker, rgb, least, weight=1.0):
+    return weight * math.dist(marker.color, rgb) >= least
+
+
+def _is_visible(marker, thing, scene):
+    """Does the marker contrast with what is under it: the background, and unless it runs around it, the object?
+
+    A mask tints its object. The tint must be unlike the object's color, or no one could see the mask, yet clearly
+    nearer to it than to any other, or no one could tell the answer: yellow may turn a red star into an orange one.
+    """
+    if marker.kind == "mask":
+        tint = [(1 - marker.alpha) * a + marker.alpha * b for a, b in zip(thing.rgb, marker.color)]
+        own, *others = sorted(OBJECT_COLORS, key=thing.color.__ne__)
+        near = math.dist(tint, OBJECT_COLORS[own])
+        return near >= MASKED and all(math.dist(tint, OBJECT_COLORS[other]) >= CLEAR * near for other in others)
+    under = scene.background.colors
+    if marker.kind not in ("rectangle", "ellipse"):
+        under = (*under, thing.rgb)
+    return all(_far(marker, rgb, CONTRAST, marker.alpha) for rgb in under)
+
+
+def _question(generator, thing, marker, alone):
+    choice = generator.random()
+    if alone and choice < P_THIS:
+        return "What is this?", describe(thing)
+    choice = generator.random()
+    if choice < P_COLOR:
+        return f"What color is the object {phrase(marker)}?", thing.color
+    if choice < P_COLOR + P_SHAPE:
+        return f"What shape is the object {phrase(marker)}?", thing.shape
+    return f"What is {phrase(marker)}?", describe(thing)
+
+
+def _is_clear(a, b):
+    short, long = sorted(abs(p - q) for p, q in zip(a.center, b.center))
+    return long >= CLEAR * short
+
+
+def _related(generator, things, markers):
+    """A follow-up, in the order of the questions before, or a question that stands alone, in either order."""
+    if generator.random() < 0.5:
+        return "How are the two related?", relation(*things)
+    i, j = generator.permutation(2)
+    question = f"How are the objects {phrase(markers[i])} and {phrase(markers[j])} related?"
+    return question, relation(things[i], things[j])
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------
+def write(out, n, seed=0, side=224, split="test"):
+    """n scenes as official records: OUT/images/*.png, OUT/regions.json (RefCOCOg), OUT/captions.json (LLaVA)."""
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not an empty folder; expected a new or an empty one")
+    if n < 1 or side < 32:
+        raise ValueError(f"n is {n} and size {side}; expected at least 1 image of at least 32 pixels")
+    generator_for(split, seed, 0)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))   # renamed when complete
+    try:
+        (staging / "images").mkdir()
+        regions, captions = [], []
+        for i in range(n):
+            generator = generator_for(split, seed, i)
+            scene = sample_scene(generator, (side, side))
+            thing = scene.objects[generator.integers(len(scene.objects))]
+            image = f"images/{i:06d}.png"
+            render(scene).save(staging / image)
+            regions.append({"id": f"refcocog-{i}", "image": image, "bboxes": [thing.box],
+                            "segmentations": [[[value for point in thing.polygon for value in point]]],
+                            "answer": describe(thing)})
+            captions.append({"id": f"scene-{i}", "image": image,
+                             "conversations": [{"from": "human", "value": "<image>"},
+                                               {"from": "gpt", "value": caption(scene)}]})
+        for name, records in (("regions", regions), ("captions", captions)):
+            (staging / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n")
+        staging.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def sheet(path, seed=0, side=224, columns=4):
+    """Twelve marked samples with their questions and answers, as one image."""
+    line = 12
+    samples = [marker_sample(generator_for("val", seed, i), (side, side), kinds=(kind,))
+               for i, kind in enumerate((KINDS * 2)[:12])]
+    texts = ["\n".join(row for turn in sample.turns for row in wrap(f"{turn.question} {turn.answer}", side // 6))
+             for sample in samples]
+    tile = side + 8, side + line * (2 + max(text.count("\n") for text in texts))
+    page = Image.new("RGB", (columns * tile[0], len(samples) // columns * tile[1]), "white")
+    for i, (sample, text) in enumerate(zip(samples, texts)):
+        x, y = i % columns * tile[0], i // columns * tile[1]
+        page.paste(draw(sample.image, sample.markers), (x, y))
+        ImageDraw.Draw(page).text((x + 2, y + side + 2), text, fill="black", spacing=2)
+    page.save(path)
+
+
+def example_scene():
+    """The fixed scene of the README: 448 x 448, five objects placed by hand."""
+    objects = (make_object("star", "red", "large", (104, 112), 72, -0.15),
+               make_object("ring", "blue", "large", (322, 92), 66),
+               make_object("heart", "yellow", "large", (232, 232), 62, 0.1),
+               make_object("moon", "white", "small", (96, 350), 54, -0.2),
+               make_object("cross", "green", "large", (352, 346), 66, 0.2))
+    return Scene((448, 448), objects, Background("gradient", ((112, 118, 132), (160, 150, 142)), (0.2, 0.3)))
+
+
+def eight_markers(path, side=224):
+    """The fixed scene eight times, each time with another marker on its heart, and the words that point at it."""
+    scene, generator = example_scene(), generator_for("val", 0, 3)
+    heart = next(thing for thing in scene.objects if thing.shape == "heart")
+    page = Image.new("RGB", (4 * (side + 8) - 8, 2 * (side + 24)), "white")
+    for i, (kind, color) in enumerate(zip(KINDS, ("red", "blue", "purple", "fuchsia", "blue", "red", "blue", "lime"))):
+        marker = sample_marker(Region(box=heart.box, polygons=(heart.polygon,)), scene.size, generator, kind, color, BOLD)
+        x, y = i % 4 * (side + 8), i // 4 * (side + 24)
+        page.paste(draw(render(scene), [marker]).resize((side, side), Image.Resampling.BICUBIC), (x, y))
+        ImageDraw.Draw(page).text((x + 2, y + side + 4), phrase(marker), fill="black")
+    page.save(path)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        sys.exit(_complain(message))
+
+
+def _complain(message):
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def main(arguments=None):
+    parser = _Parser(prog="python -m data.scenes", description="Synthetic scenes with exact truth.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("write", help="write scenes as official records")
+    command.add_argument("out", help="a new or empty folder")
+    command.add_argument("-n", type=int, default=100, help="images (100)")
+    command.add_argument("--seed", type=int, default=0, help="0 or more (0)")
+    command.add_argument("--size", type=int, default=224, help="side of an image in pixels (224)")
+    command.add_argument("--split", default="test", help=f"one of {', '.join(SPLITS)} (test)")
+    pictures = {"sheet": ("twelve samples to look at", sheet), "markers": ("the eight markers on one scene", eight_markers),
+                "example": ("that scene", lambda path: render(example_scene()).save(path))}
+    for name, (text, _) in pictures.items():
+        commands.add_parser(name, help=text).add_argument("out", help="the image to write, such as out.png")
+    args = parser.parse_args(arguments)
+    try:
+        if args.command == "write":
+            write(args.out, args.n, args.seed, args.size, args.split)
+        else:
+            pictures[args.command][1](args.out)
+    except (ValueError, OSError) as error:
+        return _complain(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
