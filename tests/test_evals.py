@@ -1,0 +1,48 @@
+"""Evaluation on held-out scenes: what is counted, against what."""
+
+import pytest
+
+import evals.scenes as scenes_eval
+from data import scenes
+from evals.scenes import chance, evaluate, interval
+from overlay import KINDS
+
+
+def test_exact_answers_are_counted_by_kind(monkeypatch):
+    """Guards against an accuracy that counts near misses, or mixes up the kinds of marker."""
+
+    def right_about_arrows(model, tokenizer, samples, max_new_tokens):
+        return [s.turns[0].answer if s.markers[0].kind == "arrow" else s.turns[0].answer + "s" for s in samples]
+
+    monkeypatch.setattr(scenes_eval, "answer", right_about_arrows)
+    table = evaluate(None, None, 41, side=64, batch=9)
+    assert table == {kind: (5 * (kind == "arrow"), 6 if kind == "rectangle" else 5) for kind in KINDS}
+
+
+def test_unmarked_asks_the_same_without_markers(monkeypatch):
+    """Guards against a baseline without markers that still sees them, or that is asked something else."""
+    seen = []
+    monkeypatch.setattr(scenes_eval, "answer", lambda m, t, samples, limit: seen.extend(samples) or [""] * len(samples))
+    evaluate(None, None, 8, side=64)
+    evaluate(None, None, 8, side=64, unmarked=True)
+    assert all(len(s.markers) == 1 for s in seen[:8]) and all(s.markers == () for s in seen[8:])
+    assert [s.turns for s in seen[:8]] == [s.turns for s in seen[8:]]
+
+
+def test_held_out_scenes_are_not_those_of_training():
+    """Guards against a test split that repeats the training stream."""
+    pictures = {split: scenes.test_sample(scenes.generator_for(split, 0, 0), (64, 64), "point").image.tobytes() for split in scenes.SPLITS}
+    assert len(set(pictures.values())) == len(scenes.SPLITS) == 3
+
+
+def test_chance_is_one_over_the_objects_of_the_scenes_asked_about():
+    """Guards against a chance level of other scenes: the objects are counted again from the caption of the same ones."""
+    n = 30
+    captions = [scenes.caption_sample(scenes.generator_for("test", 0, i), (64, 64)).turns[0].answer for i in range(n)]
+    assert chance(n, side=64) == pytest.approx(sum(1 / caption.count(".") for caption in captions) / n)
+
+
+@pytest.mark.parametrize("right, seen, low, high", [(90, 100, 0.8256, 0.9448), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)])
+def test_interval(right, seen, low, high):
+    """Guards against the simple interval, which is [1, 1] at ten of ten. Values from Wilson's formula by hand."""
+    assert interval(right, seen) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))

@@ -1,0 +1,157 @@
+"""The training loop, on a model small enough to take a step in milliseconds."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train
+from chat import IMAGE
+from clip import VisionConfig
+from data import scenes
+from evals.scenes import answer
+from llama import LlamaConfig
+from train import IGNORE, Recipe, Scenes, collate, encode, learning_rate, main, parse_mix, tiny_model
+from vipllava import ViPLLaVA
+
+FLAGS = ["--batch", "3", "--side", "64", "--log", "1", "--evals", "1000", "--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def minute_model(monkeypatch):
+    """The tiny model, tinier: 9 patches, two blocks of each kind."""
+    monkeypatch.setattr(train, "TINY_VISION", VisionConfig(image_size=24, patch_size=8, width=20, layers=2, heads=5, mlp=28))
+    monkeypatch.setattr(train, "TINY_LAYERS", (-2, 1))
+    monkeypatch.setitem(train.llama.SIZES, "tiny", LlamaConfig(1024, 24, 3, 4, 2, 36, context=256))
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_labels_are_exactly_the_answers():
+    """Guards against labels shifted by the expansion of the image, against a trained question, an untrained end."""
+    model, tokenizer = tiny_model(Recipe("markers", steps=1, side=64))
+    for index in range(20):
+        sample = scenes.marker_sample(scenes.generator_for("train", 0, index), (64, 64))
+        ids, labels, pixels = encode(sample, tokenizer, model.config)
+        assert len(ids) == len(labels) and pixels.shape == (3, 24, 24)
+        assert ids.count(IMAGE) == model.config.vision.patches == 9
+        assert all(label in (IGNORE, i) for i, label in zip(ids, labels))
+        answers, current = [], []
+        for label in labels:
+            if label == tokenizer.eos:
+                answers.append(tokenizer.decode(current).strip())
+                current = []
+            elif label != IGNORE:
+                current.append(label)
+        assert answers == [turn.answer for turn in sample.turns]
+
+
+def test_padding_is_not_trained():
+    """Guards against a loss that learns to write padding: its labels must be IGNORE."""
+    short, long = ([5, 6], [IGNORE, 6], torch.zeros(3, 2, 2)), ([5, 6, 7], [IGNORE, 6, 7], torch.ones(3, 2, 2))
+    ids, labels, pixels = collate([short, long])
+    assert ids.tolist() == [[5, 6, 0], [5, 6, 7]] and labels.tolist() == [[IGNORE, 6, IGNORE], [IGNORE, 6, 7]]
+    assert pixels.shape == (2, 3, 2, 2) and pixels[1].min() == 1
+
+
+def test_samples_depend_on_seed_and_index_only():
+    """Guards against a shared random stream, with which workers or a resumed run would see other data."""
+    recipe = Recipe("markers=3,captions=1", steps=1, side=64)
+    model, tokenizer = tiny_model(recipe)
+    data = Scenes(recipe, tokenizer, model.config)
+    ahead = [data[i] for i in (7, 3)]
+    again = [data[i] for i in (7, 3)]
+    assert all(a[0] == b[0] and torch.equal(a[2], b[2]) for a, b in zip(ahead, again))
+    other = Scenes(dataclasses.replace(recipe, seed=1), tokenizer, model.config)
+    assert not torch.equal(ahead[0][2], other[7][2])
+
+
+def test_mix_is_drawn_in_its_shares():
+    """Guards against shares that are read but not used. 400 draws of a 3:1 mix: five sigma is 0.11."""
+    assert parse_mix("markers=3,captions=1") == (["markers", "captions"], [0.75, 1.0])
+    recipe = Recipe("markers=3,captions=1", steps=1, side=64)
+    model, tokenizer = tiny_model(recipe)
+    data = Scenes(recipe, tokenizer, model.config)
+    plain = [data[i][0][1] == IMAGE for i in range(400)]  # a caption's image follows BOS
+    assert abs(sum(plain) / 400 - 0.25) < 0.11
+
+
+@pytest.mark.parametrize("mix, word", [("cats", "expected captions, markers"), ("markers=x", "a number"),
+                                       ("markers=0", "more than 0"), ("markers=nan", "more than 0"), ("", "unknown")])
+def test_bad_mix(mix, word):
+    with pytest.raises(ValueError, match=word):
+        parse_mix(mix)
+
+
+def test_learning_rate_warms_up_and_ends_near_zero():
+    """Guards against a schedule that starts at its peak or never comes down."""
+    recipe = Recipe("captions", steps=200, lr=0.5, warmup=0.1)
+    rates = [learning_rate(step, recipe) for step in range(200)]
+    assert rates[0] == pytest.approx(0.5 / 20) and max(rates) == rates[19] == rates[20] == 0.5
+    assert rates[110] == pytest.approx(0.25) and 0 < rates[-1] < 1e-4
+    assert rates[:20] == sorted(rates[:20]) and rates[20:] == sorted(rates[20:], reverse=True)
+
+
+def test_loss_falls(tmp_path):
+    """Guards against a step that updates nothing: the loss at random is about ln 500, and must fall at once."""
+    main(["tiny-captions", "--out", str(tmp_path), "--steps", "25", "--lr", "0.01", *FLAGS])
+    seen = losses(tmp_path)
+    assert seen[1] > 5.5 and seen[25] < 4
+
+
+def test_a_stopped_run_continues_exactly(tmp_path, monkeypatch, capsys):
+    """Guards against a resume that forgets the optimizer, the schedule or the place in the data: bit for bit."""
+    main(["tiny-markers", "--out", str(tmp_path / "whole"), "--steps", "8", "--save", "100", *FLAGS])
+    report = train.report
+
+    def stop_at_5(out, **fields):
+        report(out, **fields)
+        if fields["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    command = ["tiny-markers", "--out", str(tmp_path / "cut"), "--steps", "8", "--save", "100", *FLAGS]
+    monkeypatch.setattr(train, "report", stop_at_5)
+    with pytest.raises(SystemExit, match="stopped after step 5 of 8"):
+        main(command)
+    monkeypatch.setattr(train, "report", report)
+    main(command)
+    assert "at step 5 of 8" in capsys.readouterr().out
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    states = [torch.load(tmp_path / name / "state.pt", weights_only=True)["model"] for name in ("cut", "whole")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_another_recipe_does_not_continue_a_run(tmp_path):
+    """Guards against a run that silently goes on with a changed learning rate."""
+    main(["tiny-captions", "--out", str(tmp_path), "--steps", "1", *FLAGS])
+    with pytest.raises(ValueError, match="lr 0.001, now 0.5"):
+        main(["tiny-captions", "--out", str(tmp_path), "--steps", "1", "--lr", "0.5", *FLAGS])
+
+
+def test_a_run_is_a_model_that_loads(tmp_path):
+    """Guards against a run folder that only the training loop can read: it answers after checkpoint.load."""
+    main(["tiny-markers", "--out", str(tmp_path), "--steps", "1", *FLAGS])
+    model, tokenizer = train.checkpoint.load(str(tmp_path))
+    assert isinstance(model, ViPLLaVA)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    sample = scenes.test_sample(scenes.generator_for("val", 0, 0), (64, 64))
+    assert len(answer(model, tokenizer, [sample], 8)) == 1
+
+
+@pytest.mark.parametrize("flags", [["--lr", "x"], ["--data", "cats"], ["--model", "/nowhere"], ["--steps", "0"], ["--batch", "-1"],
+                                   ["--device", "abacus"], ["--lr", "nan"]])
+def test_a_mistake_is_one_line(tmp_path, flags):
+    """Guards against tracebacks, and against an output folder made for a run that never starts."""
+    command = [sys.executable, "train.py", "tiny-captions", "--out", str(tmp_path / "run"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(train.__file__))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
