@@ -1,0 +1,496 @@
+"""Ask about what you point at: an image, markers and a question in, an answer out.
+
+    python sample.py --image photo.jpg --arrow 210,140 "What is this?"
+    python sample.py --image photo.jpg --rectangle 20,30,200,180:color=blue,width=4,alpha=0.7 \\
+                     --scribble 30,40,60,80,90,50 "How are the objects {1} and {2} related?"
+    python sample.py --image photo.jpg --point 64,80:radius=6 --show marked.png --json
+    python sample.py --image photo.jpg --ellipse 20,30,200,180 --chat
+
+The method is `ask`, the first function below. The rest reads what a person typed, and says what is wrong with it.
+
+  * Coordinates are pixels of the image as a person sees it (upright), x to the right, y down; widths and radii too.
+  * Markers are drawn in the order of their flags. {1}, {2}, … in the question become the words that point at them.
+  * A mistake ends in one line, `error: …`, and exit status 2; Ctrl-C in status 130.
+"""
+
+import argparse
+import functools
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+import checkpoint
+from chat import IMAGE, TEMPLATES, Stream, Tokenizer, Turn, encode_chat, stop_ids
+from clip import open_image, preprocess
+from overlay import COLORS, Marker, Region, draw, make_marker, phrase, rgb_of
+from vipllava import expand
+
+
+def ask(model, tokenizer, image, markers, turns, **sampling) -> Iterator[tuple[int | None, str]]:
+    """Answer the last of `turns` about the marked image: pairs of a new id and the text that it makes certain, and at
+    last None and the text that was still held back. sampling: max_new_tokens and so on, see ViPLLaVA.generate."""
+    config = model.config
+    marked = draw(image, markers)  # the method: what is meant is drawn
+    pixels = preprocess(marked, config.vision.image_size)[None]  # (1, 3, S, S)
+    ids, _ = encode_chat(tokenizer, config.template, turns)  # one IMAGE where the image goes
+    tokens = model.generate([ids], pixels, stop_ids=stop_ids(tokenizer, config.template), **sampling)
+    return _speak(tokens, Stream(tokenizer, TEMPLATES[config.template].stop))
+
+
+def _speak(tokens: Iterator[list[int]], stream: Stream) -> Iterator[tuple[int | None, str]]:
+    for (token,) in tokens:
+        yield token, stream.push(token)
+        if stream.stopped:
+            break
+    yield None, stream.flush()
+
+
+# -- markers: what a person typed -> what is drawn -------------------------------------------------------------------
+
+LINE = ("color", "width", "alpha")
+EVEN = range(0, 10**6, 2)
+POLYGON = "x0,y0,x1,y1,x2,y2,… (a polygon) or a PNG file (every pixel that is not 0)"
+FLAGS = {  # flag: overlay's kind, what its value looks like, how many numbers that may be, its options
+    "rectangle": ("rectangle", "x0,y0,x1,y1", [4], LINE),
+    "ellipse": ("ellipse", "x0,y0,x1,y1 (the box around it)", [4], LINE),
+    "arrow": ("arrow", "x,y (tip) or x0,y0,x1,y1 (tail, tip)", [2, 4], (*LINE, "head")),
+    "point": ("point", "x,y", [2], ("color", "radius", "alpha")),
+    "triangle": ("triangle", "x0,y0,x1,y1 (the box around it) or x0,y0,x1,y1,x2,y2", [4, 6], LINE),
+    "scribble": ("scribble", "x0,y0,x1,y1,… (2 or more points)", EVEN[2:], LINE),
+    "mask": ("mask", POLYGON, EVEN[3:], ("color", "alpha")),
+    "contour": ("mask contour", POLYGON, EVEN[3:], LINE),
+}
+
+
+def _between(kind, low, high):
+    """A reader of numbers, whole (int) or not (float), from low to high."""
+
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high:  # NaN is not
+            raise ValueError
+        return value
+
+    return read
+
+
+OPTIONS = {  # name: reader, what is right, name in overlay.make_marker
+    "color": (rgb_of, f"#rrggbb or one of {', '.join(COLORS)}", "color"),
+    "width": (_between(int, 1, 10_000), "a whole number of pixels, 1 or more", "width"),
+    "alpha": (_between(float, 1 / 255, 1), "a number from 1/255 (hardly visible) to 1 (opaque)", "alpha"),
+    "radius": (_between(float, 0.5, 10_000), "a number of pixels, 0.5 or more", "radius"),
+    "head": ({"filled": True, "open": False}.__getitem__, "filled or open", "filled"),
+}
+
+
+def parse_marker(flag: str, text: str) -> tuple[list[float] | str, dict]:
+    """ "210,140:color=blue" -> ([210.0, 140.0], {"color": (0, 0, 255)}): numbers, or a mask's path, and the style.
+
+    Options follow the last colon, unless that is a drive's (C:) or a slash follows it; so a path that holds a colon
+    itself can be written with another one at its end. ValueError where `text` isn't what FLAGS and OPTIONS say.
+    """
+    kind, form, counts, names = FLAGS[flag]
+    where, options = re.fullmatch(r"(.*?)(?:(?<!^[A-Za-z]):([^:/\\]*))?", text, re.DOTALL).groups()
+    try:
+        geometry = [float(number) for number in where.split(",")]
+    except ValueError:
+        geometry = where
+    if isinstance(geometry, str) and (not where.strip() or "mask" not in kind):
+        raise ValueError(f"expected {form}, got {_short(where)}")
+    if isinstance(geometry, list) and len(geometry) not in counts:
+        raise ValueError(f"expected {form}, got {len(geometry)} number{'s' * (len(geometry) > 1)}")
+    style = {}
+    for option in options.split(",") if options else ():
+        name, _, value = option.partition("=")
+        if name not in names:
+            raise ValueError(f"unknown option {_short(option)}, expected {'=… or '.join(names)}=…")
+        read, right, keyword = OPTIONS[name]
+        if keyword in style:
+            raise ValueError(f"{name} is given twice, expected it once")
+        try:
+            style[keyword] = read(value)
+        except (ValueError, KeyError):
+            raise ValueError(f"{name} is {value!r}, expected {right}") from None
+    return geometry, style
+
+
+def place(flag: str, text: str, image: Image.Image) -> Marker:
+    """The marker that `--flag text` means on this image; ValueError, with both, where it is none that can be seen."""
+    kind = FLAGS[flag][0]
+    try:
+        geometry, style = parse_marker(flag, text)
+        for name in ("width", "radius"):
+            if style.get(name, 0) > (side := max(image.size)):
+                raise ValueError(f"{name} is {style[name]}, expected at most the image's longer side, {side}")
+        if isinstance(geometry, str):
+            if not os.path.isfile(geometry):
+                raise ValueError(f"no such file, expected {FLAGS[flag][1]}")
+            geometry = read_mask(geometry)
+        elif "mask" in kind:
+            geometry = [geometry]  # one polygon
+        elif kind == "triangle" and len(geometry) == 4:
+            x0, y0, x1, y1 = Region(box=geometry).box
+            geometry = [(x0 + x1) / 2, y0, x1, y1, x0, y1]
+        placed = make_marker(kind, geometry, image.size, **style)
+        draw(image, [placed])  # refuses what lies outside
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{flag} {_short(text)}: {error}") from None
+    return placed
+
+
+def read_mask(path: str) -> np.ndarray:
+    """The pixels of an image file that are neither black nor transparent, (H, W) bool."""
+    open_image(path)  # says it when that is no image
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "1LIF" and not image.has_transparency_data:  # numbers, of which 1 of 65535 counts too
+            return np.asarray(image) != 0
+        return np.asarray(image.convert("RGBA").convert("RGBa"))[:, :, :3].any(axis=2)  # a: times alpha
+
+
+def fill_in(question: str | None, markers: list[Marker]) -> str:
+    """The question with marker 1's phrase for {1}, and so on; other braces are text. None asks about the first."""
+    if question is None and markers:
+        question = "What is {1}?"
+    if not (question or "").strip():
+        raise ValueError("there is no question, expected one in quotes, or a marker to ask about, as --arrow 40,60")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the question has {question[error.start]!r}, half a character, expected Unicode") from None
+
+    def words(match):
+        number = int(match[1])
+        if not 1 <= number <= len(markers):
+            known = " or ".join(f"{{{i}}}" for i in range(1, len(markers) + 1)) or "none, as there is no marker"
+            raise ValueError(f"the question mentions marker {match[0]}, expected {known}")
+        return phrase(markers[number - 1])
+
+    return re.sub(r"\{([0-9]+)\}", words, question)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "…")
+
+
+# -- one answer ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    prompt: list[int]  # token ids, one IMAGE for the image
+    ids: list[int]
+    text: str
+    times: list[float]  # seconds: when the pixels were ready, then when each token came (or that there is none)
+
+
+def fit(model, tokenizer, turns, wanted: int | None) -> tuple[list[int], int]:
+    """The prompt's ids and how many tokens may follow; `wanted` None is 512, or what the context leaves."""
+    config = model.config
+    prompt, _ = encode_chat(tokenizer, config.template, turns)
+    patches, context = config.vision.patches, config.text.context
+    length = len(expand(prompt, patches))
+    limit = wanted or max(1, min(512, context - length))
+    if length + limit > context:
+        raise ValueError(f"the prompt has {length} tokens, {patches} of them the image, with {limit} for the answer; "
+                         f"expected at most {context} in all (in a chat, /new starts over)")  # fmt: skip
+    return prompt, limit
+
+
+def answer(model, tokenizer, image, markers, turns, max_new_tokens=None, echo=True, **sampling) -> Answer:
+    """All that `ask` gives, printed as it comes if `echo`."""
+    prompt, limit = fit(model, tokenizer, turns, max_new_tokens)
+    pairs = ask(model, tokenizer, image, markers, turns, max_new_tokens=limit, **sampling)
+    result = Answer(prompt, [], "", [time.perf_counter()])
+    for token, text in pairs:
+        result.text += text
+        if token is not None or not result.ids:
+            result.times.append(time.perf_counter())
+        if token is not None:
+            result.ids.append(token)
+        if echo:
+            print(text, end="" if token is not None else "\n", flush=True)
+    stop = TEMPLATES[model.config.template].stop
+    if len(result.ids) == limit and not (stop and stop in tokenizer.decode(result.ids)):
+        print(f"(cut after {limit} tokens)", file=sys.stderr)
+    return result
+
+
+def report(model, tokenizer, name: str, result: Answer, load: float) -> dict:
+    """The object that --json prints: prefill is from the pixels to the first token, decode from there to the last."""
+    start, first, *_ = result.times
+    seconds = {"load": load, "prefill": first - start, "decode": result.times[-1] - first}
+    tokens = {"prefill": len(expand(result.prompt, model.config.vision.patches)), "decode": len(result.ids) - 1}
+    rates = {phase: count / seconds[phase] if seconds[phase] else None for phase, count in tokens.items()}
+    ids = {"input_ids": result.prompt, "output_ids": result.ids}
+    return {"model": name, "prompt": readable(tokenizer, result.prompt), **ids, "answer": result.text,
+            "seconds": seconds, "tokens_per_second": rates}  # fmt: skip
+
+
+def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """A prompt's ids as text, special tokens and the image by their names."""
+    names = {IMAGE: "<image>", **{i: name for name, i in tokenizer.specials.items()}}
+    runs = [(name, list(run)) for name, run in itertools.groupby(ids, names.get)]
+    return "".join(name * len(run) if name else tokenizer.decode(run) for name, run in runs)
+
+
+def check_show(path: Path, source: Path) -> Path:
+    """`path`, if the marked image of `source` can be written there."""
+    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"can't save an image as {str(path)!r}, expected a name that ends in {', '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"can't save {path}, as there is no folder {path.parent}, expected one that exists")
+    if path.is_dir() or path.exists() and path.samefile(source):
+        what = "a folder" if path.is_dir() else "the original"
+        raise ValueError(f"can't save {path}, which is {what}, expected another name")
+    return path
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Written beside and renamed."""
+    beside = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        image.save(beside, quality=95)  # of JPEG and WebP
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+# -- a conversation --------------------------------------------------------------------------------------------------
+
+
+class Chat:
+    """Several turns about one image, which is drawn anew, with all markers so far, for every question.
+
+    /{kinds}
+                 add a marker, as in /arrow 40,60:color=blue
+    /undo        remove the last marker
+    /show FILE   save the marked image
+    /new         forget what was said
+    /image FILE  a new conversation, about another image
+    /help        this list
+    /quit        end; anything else is a question
+    """
+
+    def __init__(self, answer, path: Path, image: Image.Image, markers: list[Marker]):
+        self.answer, self.path, self.image, self.markers, self.turns = answer, path, image, markers, []
+
+    def run(self) -> None:
+        """Lines from stdin until it ends or /quit; a mistake is said, and changes nothing."""
+        while True:
+            try:
+                line = input("> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                return
+            if line == "/quit":
+                return
+            try:
+                if line.startswith("/"):
+                    name, value = [*line[1:].split(None, 1), "", ""][:2]
+                    print(self.command(name, value), file=sys.stderr)  # stdout has answers only
+                elif line:
+                    self.ask(line)
+            except (ValueError, OSError) as error:
+                complain(error)
+
+    def ask(self, question: str) -> None:
+        turn = Turn(fill_in(question, self.markers), image=not self.turns)  # the image stands in the first turn
+        result = self.answer(self.image, self.markers, [*self.turns, turn])
+        self.turns.append(replace(turn, answer=result.text))
+
+    def command(self, name: str, value: str) -> str:
+        """Do it, and say what was done."""
+        if name in FLAGS:
+            self.markers = [*self.markers, place(name, value, self.image)]
+            return f"{{{len(self.markers)}}} is {phrase(self.markers[-1])}"
+        if name == "undo":
+            if not self.markers:
+                raise ValueError("there is no marker, expected one before /undo")
+            *self.markers, last = self.markers
+            return f"removed what was {phrase(last)}"
+        if name == "show":
+            save_image(draw(self.image, self.markers), check_show(Path(value), self.path))
+            return f"saved {value}"
+        if name == "image":
+            self.path, self.image, self.markers = Path(value), open_image(value), []
+        if name in ("image", "new"):
+            self.turns = []
+            size = f"{self.image.width} x {self.image.height} pixels"
+            return f"a new conversation about {self.path}, {size}, with {len(self.markers)} markers"
+        if name == "help":
+            return inspect.cleandoc(self.__doc__).split("\n\n")[1].format(kinds=" /".join(FLAGS))
+        raise ValueError(f"unknown command /{name}, expected a question, a marker (/{', /'.join(FLAGS)}), /undo, "
+                         "/show, /new, /image, /help or /quit")  # fmt: skip
+
+
+# -- command line ----------------------------------------------------------------------------------------------------
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+class Once(argparse.Action):
+    """A flag that may be given once: of two values, none is dropped unsaid."""
+
+    def __call__(self, parser, namespace, value, flag):
+        given = vars(namespace).setdefault("given", set())
+        if flag in given:
+            parser.error(f"{flag} is given twice, expected it once")
+        given.add(flag)
+        setattr(namespace, self.dest, value)
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(description="Ask a ViP-LLaVA about an image and what is marked on it.", allow_abbrev=False)
+    parser.add_argument("question", nargs="*", help='in quotes; without it, "What is …?" about the first marker')
+    one = functools.partial(parser.add_argument, action=Once)
+    switch = functools.partial(parser.add_argument, action="store_true")
+    one("--image", type=Path, metavar="FILE", help="JPEG, PNG, WebP, GIF, … (required)")
+    note = "in pixels of the upright image; options follow a colon, as in 40,60:color=blue,width=4"
+    group = parser.add_argument_group("markers", note)
+    for flag, (_, form, _, options) in FLAGS.items():
+        group.add_argument(f"--{flag}", dest="markers", action="append", type=lambda text, flag=flag: (flag, text),
+                           default=[], metavar="…", help=f"{form}; {', '.join(options)}")  # fmt: skip
+    one("--model", default="tiny", help=f"{', '.join(checkpoint.NAMES)}, a hub name or a folder (default: tiny)")
+    one("--show", type=Path, metavar="FILE", help="save the marked image here")
+    switch("--chat", help="go on asking, a line a question; /help lists the commands")
+    switch("--json", help="print one object: prompt, ids (-200 is the image), answer, seconds, tokens per second")
+    one("--max-new-tokens", type=int, metavar="N", help="tokens of an answer (default: 512, or what the context has)")
+    one("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)")
+    one("--top-p", type=float, default=1.0, metavar="P", help="if T > 0, only the likeliest tokens that sum to P")
+    one("--seed", type=int, default=0, metavar="N", help="if T > 0, the same seed gives the same answer (default: 0)")
+    one("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    one("--dtype", choices=DTYPES, help="of the weights (default: bfloat16 on a GPU, else float32 if memory allows)")
+    switch("--compile", help="torch.compile the decoding: a slow start, which --json counts as loading, then faster")
+    args, unknown = parser.parse_known_args(_attach_negatives(argv))
+    if flags := [text for text in unknown if text.startswith("-")]:
+        parser.error(f"unknown flag {flags[0]}, expected --image, --{', --'.join(FLAGS)} or what else --help lists")
+    args.question += unknown
+    return args
+
+
+def _attach_negatives(argv: list[str]) -> list[str]:
+    """--point -5,10 -> --point=-5,10, as argparse would take -5,10 for a flag."""
+    joined = []
+    for text in argv:
+        if joined and joined[-1][2:] in FLAGS and re.match(r"-[\d.]", text):
+            joined[-1] += f"={text}"
+        else:
+            joined.append(text)
+    return joined
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be told before a file is read. ValueError."""
+    if args.image is None:
+        raise ValueError("there is no image, expected --image and its file")
+    if len(args.question) > 1:
+        first, second = map(_short, args.question[:2])
+        raise ValueError(f"more than one question, {first} and {second}, expected one, in quotes")
+    for flag, right, fine in (
+        ("temperature", "a number, 0 or more", lambda value: 0 <= value < math.inf),
+        ("top-p", "more than 0, at most 1", lambda value: 0 < value <= 1),
+        ("seed", "0 to 2^63 - 1", lambda value: 0 <= value < 2**63),
+        ("max-new-tokens", "1 or more", lambda value: value is None or value >= 1),
+    ):
+        value = getattr(args, flag.replace("-", "_"))
+        if not fine(value):
+            raise ValueError(f"--{flag} is {value}, expected {right}")
+    if args.chat and (args.json or args.show):
+        other = "--json" if args.json else "--show (which a chat has as a command)"
+        raise ValueError(f"--chat came with {other}, expected one of them")
+    try:
+        if torch.empty(0, device=args.device).device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+    except (RuntimeError, AssertionError):  # the latter where PyTorch was built without CUDA
+        here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        choices = " or ".join(name for name, there in here.items() if there)
+        raise ValueError(f"there is no device {args.device!r} here, expected {choices}") from None
+
+
+def run(args: argparse.Namespace) -> None:
+    check(args)
+    image = open_image(args.image)
+    markers = [place(flag, text, image) for flag, text in args.markers]
+    question = args.question[0] if args.question else None
+    turns = [] if args.chat and question is None else [Turn(fill_in(question, markers), image=True)]
+    if args.show:
+        check_show(args.show, args.image)
+
+    began = time.perf_counter()
+    if sys.stderr.isatty():
+        print(f"loading {args.model} …", file=sys.stderr)
+    else:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    model, tokenizer = checkpoint.load(args.model, args.device, DTYPES.get(args.dtype))
+    opening = turns or [Turn("", image=True)]
+    _, limit = fit(model, tokenizer, opening, args.max_new_tokens)
+    if args.compile:
+        compile_decoding(model, tokenizer, image, opening, limit)
+    load = time.perf_counter() - began
+
+    device = model.llama.embed_tokens.weight.device
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens,
+                "generator": torch.Generator(device).manual_seed(args.seed)}  # fmt: skip
+    say = functools.partial(answer, model, tokenizer, echo=not args.json, **sampling)
+    if args.chat:
+        chat = Chat(say, args.image, image, markers)
+        if question is not None:
+            chat.ask(question)
+        return chat.run()
+    result = say(image, markers, turns)
+    if args.show:
+        save_image(draw(image, markers), args.show)
+    if args.json:
+        print(json.dumps(report(model, tokenizer, args.model, result, load)))
+
+
+def compile_decoding(model, tokenizer, image: Image.Image, turns: list[Turn], limit: int) -> None:
+    """Compile what runs once a token. Its first call is what takes long: make it now, with the shapes to come."""
+    model.llama.decode = torch.compile(model.llama.decode)
+    try:
+        list(itertools.islice(ask(model, tokenizer, image, [], turns, max_new_tokens=limit), 2))
+    except RuntimeError as error:
+        kind = type(error).__name__
+        raise ValueError(f"--compile failed ({kind}), expected a C++ compiler; on a GPU, Triton") from None
+
+
+def complain(error: Exception) -> None:
+    """One line, whatever bytes a file's name has."""
+    line = f"error: {' '.join(str(error).split())}"
+    print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status: 0, 2 after a mistake, 130 after Ctrl-C."""
+    try:
+        run(arguments(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        complain(error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    sys.exit(main())
