@@ -24,6 +24,7 @@ The text tower and the contrastive head are here too, so that an official CLIP c
 Letters: B batch, T tokens, N patches, C channels (width), H heads, D head width, L layers, S image side.
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,15 +61,20 @@ def open_image(path) -> Image.Image:
         raise ValueError(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, the limit; make it smaller") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image; expected a JPEG, PNG, WebP, GIF, BMP or TIFF file") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} can't be read as an image ({error}); is the file whole?") from None
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read as an image: {error}") from None
 
 
 def upright(image: Image.Image) -> Image.Image:
     """`image` turned as its EXIF tag says, its first frame, as 8-bit RGB; transparent parts lie over white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel: keep the high byte, as Pillow's own convert would clip instead
-        return Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image, dtype=np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"pixels of {values.min()} to {values.max()}; expected 8 or 16 bits")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range; expected 8 or 16 bits")
     if image.has_transparency_data:
@@ -82,11 +88,15 @@ def preprocess(image: Image.Image, size: int, mode: str = "pad") -> torch.Tensor
 
     mode "pad" (the released models' way) centres the image on a square of CLIP's mean colour, so that no marker near
     the border is lost; "squeeze" ignores the aspect ratio (the paper's VCR evaluation); "crop" keeps the centre only
-    (stage 1 of training, and Hugging Face's processor). Raises ValueError for any other mode.
+    (stage 1 of training, and Hugging Face's processor). Raises ValueError for any other mode, and for an image so long
+    and thin that its square, or its resized strip, would have more pixels than Pillow's limit.
     """
     if image.mode != "RGB":
         raise ValueError(f"preprocess got a {image.mode} image; expected RGB, as upright() returns")
     w, h = image.size
+    between = {"pad": max(w, h) ** 2, "crop": size * size * max(w, h) // min(w, h)}.get(mode, 0)  # pixels on the way
+    if between > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(f"an image of {w} x {h} pixels is too long and thin to {mode}; expected a squarer one")
     if mode == "pad" and w != h:
         side = max(w, h)
         square = Image.new("RGB", (side, side), PAD_COLOR)

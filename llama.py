@@ -234,13 +234,15 @@ def sample(
     only the likeliest ones whose probabilities first sum to top_p, as Hugging Face orders the three. `generator` lives on
     the logits' device; None is PyTorch's global one. Raises ValueError for a value out of range.
     """
-    if not (0 <= temperature < float("inf") and top_k >= 0 and 0 < top_p <= 1):
+    if not ((temperature == 0 or 1e-6 <= temperature < float("inf")) and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}; expected temperature >= 0, top_k >= 0, 0 < top_p <= 1"
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}; expected a temperature of 0 or at least 1e-6, "
+            "top_k >= 0, 0 < top_p <= 1"
         )
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the same odds, and nothing overflows
     if 0 < top_k < logits.size(-1):
         kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, float("-inf"))

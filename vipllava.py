@@ -76,13 +76,17 @@ class ViPLLaVA(nn.Module):
     def splice(self, ids: torch.Tensor, patches: torch.Tensor | None) -> torch.Tensor:
         """ids (B, T) with N times IMAGE an image, patches (I, N, C) -> embeds (B, T, C).
 
-        Raises ValueError when the places and the patches are not equally many.
+        Raises ValueError for an id that is no word, and when places and patches are not equally many.
         """
         places = ids == IMAGE  # (B, T)
-        embeds = self.llama.embed_tokens(ids.clamp(min=0))  # (B, T, C), the places to be overwritten
+        words = ids.masked_fill(places, 0)  # (B, T), the places to be overwritten
+        if words.min() < 0 or words.max() >= self.config.text.vocab_size:
+            rows = self.config.text.vocab_size
+            raise ValueError(f"ids of {int(words.min())} … {int(words.max())}; expected 0 … {rows - 1}, or IMAGE")
         given = 0 if patches is None else patches.size(0) * patches.size(1)
         if places.sum() != given:
             raise ValueError(f"the prompts hold {int(places.sum())} image places, the images give {given} patches")
+        embeds = self.llama.embed_tokens(words)  # (B, T, C)
         if patches is None:
             return embeds
         return embeds.masked_scatter(places[:, :, None], patches.to(embeds.dtype))
@@ -99,6 +103,8 @@ class ViPLLaVA(nn.Module):
         hidden = self(ids, pixels)[:, :-1]  # the state at t predicts the label at t + 1
         target = labels[:, 1:]
         trained = target != IGNORE
+        if not trained.any():
+            raise ValueError(f"none of the labels {tuple(labels.shape)} is trained: all are {IGNORE}, or only the first")
         return F.cross_entropy(self.llama.lm_head(hidden[trained]).float(), target[trained])
 
     @torch.inference_mode()
@@ -118,14 +124,11 @@ class ViPLLaVA(nn.Module):
 
         prompts: B lists of ids with one IMAGE for each image; pixels: all their images in reading order. A row ends with
         any of stop_ids (which are not yielded) or after max_new_tokens. Sampling options: see llama.sample. Raises
-        ValueError when a prompt and max_new_tokens do not fit the context, before anything is computed.
+        ValueError, before anything is computed, when prompts and images don't match or don't fit the context.
         """
         rows = [expand(p, self.config.vision.patches) for p in prompts]
-        longest, context = max(map(len, rows)), self.config.text.context
-        if longest + max_new_tokens > context:
-            raise ValueError(
-                f"the prompt has {longest} tokens and {max_new_tokens} are to follow; the model's context is {context}"
-            )
+        self._check_request(prompts, rows, pixels, max_new_tokens)
+        longest = max(map(len, rows))
         device, dtype = self.llama.embed_tokens.weight.device, self.llama.embed_tokens.weight.dtype
         ids, start = pad(rows, 0, side="left")
         ids, start = ids.to(device), start.to(device)
@@ -144,6 +147,22 @@ class ViPLLaVA(nn.Module):
             yield [t if a else None for t, a in zip(token.tolist(), alive.tolist())]
             if step + 1 < max_new_tokens:
                 logits = self.llama.decode(token, cache)
+
+
+    def _check_request(self, prompts, rows, pixels, max_new_tokens: int) -> None:
+        if not prompts or not all(prompts) or max_new_tokens < 0:
+            raise ValueError(
+                f"{len(prompts)} prompts of {[len(p) for p in prompts]} tokens, max_new_tokens {max_new_tokens}; "
+                "expected one prompt or more, none of them empty, and no less than 0 tokens to follow"
+            )
+        asked, given = sum(list(p).count(IMAGE) for p in prompts), 0 if pixels is None else len(pixels)
+        if asked != given:
+            raise ValueError(f"the prompts mention {asked} images; got {given}")
+        longest, context = max(map(len, rows)), self.config.text.context
+        if longest + max_new_tokens > context:
+            raise ValueError(
+                f"the prompt has {longest} tokens and {max_new_tokens} are to follow; the model's context is {context}"
+            )
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
