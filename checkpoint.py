@@ -1,0 +1,646 @@
+"""Weights: everybody's names and layouts for ViP-LLaVA, one strict way in, one way out.
+
+The same seven billion numbers are published under many names. We rename them all, by their beginnings (PREFIXES), to
+one set, the module tree of vipllava.py:
+
+    ours                    Hugging Face's hub                  official LLaVA
+    vision.…                vision_tower.vision_model.…         model.vision_tower.vision_tower.vision_model.…
+    projector.layernorm.…   multi_modal_projector.projector_…   model.mm_projector.clip_layernorm.…
+    projector.linear_1.…    multi_modal_projector.linear_1.…    model.mm_projector.final_linear.0.…
+    llama.…                 language_model.model.…              model.…
+    llama.lm_head.…         language_model.lm_head.…            lm_head.…
+
+    model, tokenizer = load("7b")                    # a short name of NAMES, a name on the hub, or a folder
+    model, tokenizer = load("mucai/vip-llava-13b")   # official layout; `clip` names a tower where none is inside
+    model, tokenizer = load_parts("lmsys/vicuna-7b-v1.5", "openai/clip-vit-large-patch14-336", "mm_projector.bin")
+    save(model, tokenizer, "runs/mine")              # Hugging Face's layout: transformers reads it, and `load`
+    clip, tokenize = load_clip("openai/clip-vit-large-patch14-336")
+
+Loading is strict: a tensor that is missing, unexpected or of another shape is an error that names it. The model is
+built without memory (on the "meta" device); files are mapped, and tensor after tensor is converted and let go. Where
+nothing is to be converted the parameters *are* the mapped files, which must then stay as they are while the model
+lives (to rename another file over them, as `save` does, is fine).
+
+Pitfalls
+  * The config of llava-hf/vip-llava-7b-hf speaks of one feature layer; its projector was made for five. So we count
+    the projector's inputs.
+  * A size that a config leaves out is the default of the transformers class, not of the model: see TEXT and VISION.
+  * Phi-3 stacks q, k and v in one matrix, and gate and up in another. Cut apart, it is a LLaMA.
+  * Hugging Face wants an embedding row for the image token, the official layout has none. `save` appends rows; none
+    from image_token_id on is ever sampled.
+  * Hugging Face's processor crops the centre of an image, and markers near the border vanish. clip.preprocess pads.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer as BPETokenizer, models, normalizers, pre_tokenizers
+
+from chat import TEMPLATES, Tokenizer, stop_ids
+from clip import CLIP, MEAN, STD, TextConfig, VisionConfig
+from llama import LlamaConfig
+from vipllava import Projector, ViPLLaVA, ViPLLaVAConfig
+
+NAMES = {
+    "7b": "llava-hf/vip-llava-7b-hf",
+    "13b": "llava-hf/vip-llava-13b-hf",
+    "llama3": "mucai/vip-llava-llama-3-8b",
+    "phi3": "mucai/vip-llava-phi-3-mini-3.8B",
+    "tiny": "tiny",  # comes with this code
+}
+DEFAULT_CLIP = "openai/clip-vit-large-patch14-336"
+WEIGHTS = Path(__file__).resolve().parent / "weights"  # tiny, and under its hub name what was downloaded by hand
+FIVE = (-2, -5, -8, -11, 6)  # the released models' feature layers
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+PREFIXES = {  # ours: theirs on the hub (which `save` writes), then any other; the longest that fits counts
+    "vision.": (
+        "vision_tower.vision_model.",
+        "vision_tower.",  # saved by transformers 5
+        "model.vision_tower.",  # in memory there
+        "model.vision_tower.vision_tower.vision_model.",  # official
+        "vision_model.",  # CLIP
+    ),
+    "projector.layernorm.": (
+        "multi_modal_projector.projector_layernorm.",
+        "model.multi_modal_projector.projector_layernorm.",
+        "model.mm_projector.clip_layernorm.",  # official
+    ),
+    "projector.linear_1.": ("multi_modal_projector.linear_1.", "model.mm_projector.final_linear.0."),
+    "projector.linear_2.": ("multi_modal_projector.linear_2.", "model.mm_projector.final_linear.2."),
+    "projector.": ("multi_modal_projector.", "model.multi_modal_projector."),
+    "llama.lm_head.": ("language_model.lm_head.", "lm_head."),
+    "llama.": ("language_model.model.", "model.language_model.", "model."),
+    "text_model.": ("text_model.",),  # CLIP's
+}
+IN_CLIP = {  # ours: theirs, in each of CLIP's towers
+    "class_embedding": "embeddings.class_embedding",
+    "patch_embedding.": "embeddings.patch_embedding.",
+    "position_embedding.": "embeddings.position_embedding.",
+    "token_embedding.": "embeddings.token_embedding.",
+    "pre_layernorm.": "pre_layrnorm.",  # sic
+    "layers.": "encoder.layers.",
+    "final_layernorm.": "final_layer_norm.",
+}
+BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # computed here, never loaded
+CLIP_REST = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")  # ViP-LLaVA has no use for it
+
+_BY_LENGTH = sorted(((t, ours) for ours, theirs in PREFIXES.items() for t in theirs), key=lambda pair: -len(pair[0]))
+
+
+def _swap(name: str, pairs) -> str:
+    """`name` with the first beginning that fits replaced by its partner."""
+    return next((new + name[len(old) :] for old, new in pairs if name.startswith(old)), name)
+
+
+def rename(name: str) -> str:
+    """Any layout's name of a tensor -> ours. Our own names stay, and so do unknown ones."""
+    for theirs, ours in _BY_LENGTH:
+        if name.startswith(theirs):
+            rest = name[len(theirs) :]
+            in_clip = ours in ("vision.", "text_model.")
+            return ours + (_swap(rest, ((t, o) for o, t in IN_CLIP.items())) if in_clip else rest)
+    return name
+
+
+def hub_name(name: str) -> str:
+    """Our name of a tensor -> Hugging Face's, on the hub."""
+    ours = next(prefix for prefix in PREFIXES if name.startswith(prefix))
+    rest = name[len(ours) :]
+    return PREFIXES[ours][0] + (_swap(rest, IN_CLIP.items()) if ours == "vision." else rest)
+
+
+def unstack(name: str, x: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Phi-3's stacked matrices -> LLaMA's; any other tensor alone. Rows are cut: nothing is copied."""
+    if ".qkv_proj." in name:
+        C = x.size(1)  # as many rows as columns are queries
+        rows = [C, (x.size(0) - C) // 2, (x.size(0) - C) // 2]
+        return [(name.replace("qkv_proj", n), p) for n, p in zip(("q_proj", "k_proj", "v_proj"), x.split(rows))]
+    if ".gate_up_proj." in name:
+        return [(name.replace("gate_up_proj", n), p) for n, p in zip(("gate_proj", "up_proj"), x.chunk(2))]
+    return [(name, x)]
+
+
+# -- files: mapped, checked, then read tensor by tensor --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """The files of one checkpoint; what our names begin with that is not wanted from them."""
+
+    files: tuple[Path, ...]
+    drop: tuple[str, ...] = ()
+
+    def open(self, file: Path) -> dict[str, torch.Tensor]:
+        """Our names -> the tensors in `file`, mapped, not yet read."""
+        tensors = {}
+        for theirs, mapped in open_file(file).items():
+            for name, x in unstack(rename(theirs), mapped):
+                if theirs.endswith(BUFFERS) or name.startswith(self.drop):
+                    continue
+                if name in tensors:
+                    raise ValueError(f"{file} holds {name} twice, the second time as {theirs}")
+                if not x.is_floating_point():
+                    raise ValueError(f"{file}: {theirs} is {x.dtype}; expected floating point, not quantised weights")
+                tensors[name] = x
+        return tensors
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {}
+        for file in self.files:
+            tensors = self.open(file)
+            if twice := shapes.keys() & tensors.keys():
+                raise ValueError(f"{file} holds {min(twice)}, which another file holds too")
+            shapes |= {name: tuple(x.shape) for name, x in tensors.items()}
+        return shapes
+
+    def read(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor as `dtype` on `device`.
+
+        Pages of a mapped file are memory in use once they are read. Where tensors are converted, the file is opened
+        anew some 32 times, each of which lets them go (but for a page or so of each tensor).
+        """
+        for file in self.files:
+            tensors, seen = self.open(file), 0
+            as_is = device.type == "cpu" and all(x.dtype == dtype for x in tensors.values())
+            total = sum(x.nbytes for x in tensors.values())
+            for name in list(tensors):
+                if seen > total / 32 and not as_is:
+                    x = tensors = None  # the old mapping goes before the new one comes
+                    tensors, seen = self.open(file), 0
+                x = tensors[name]
+                seen += x.nbytes
+                yield name, (x if as_is else x.to(device, dtype, copy=True)).contiguous()
+
+
+def open_file(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors or .bin file by its own names for them, mapped, not yet read."""
+    if not path.is_file():
+        raise FileNotFoundError(f"the weights {path} are missing")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}
+        # What PyTorch wrote before version 1.6 is no zip file and can't be mapped.
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} can't be read as weights ({reason}); is the file whole?") from None
+    if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
+        raise ValueError(f"{path} holds a {type(tensors).__name__}; expected a dict of tensors")
+    return {name: x.detach() for name, x in tensors.items()}
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The files with a folder's weights: safetensors before .bin, one file before shards."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return (folder / name,)
+        if (folder / f"{name}.index.json").is_file():
+            return _shards(folder / f"{name}.index.json")
+    hint = "; mm_projector.bin alone is for load_parts" if (folder / "mm_projector.bin").is_file() else ""
+    raise FileNotFoundError(f"no weights in {folder}; expected model.safetensors, pytorch_model.bin or shards{hint}")
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise ValueError(f'{index} has no "weight_map" of tensors to files')
+    shards = {file: index.parent / Path(file).name for file in sorted(set(places.values()))}
+    held = {file: open_file(path).keys() for file, path in shards.items()}
+    for name, file in places.items():
+        if name not in held[file]:
+            raise ValueError(f"{shards[file]} does not hold {name}, which {index.name} looks for there")
+    return tuple(shards.values())
+
+
+def read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}; expected an object")
+    return content
+
+
+def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=()) -> nn.Module:
+    """Give a model on the meta device its weights: from files, and from `fresh`, our names -> tensors; eval mode."""
+    fresh = dict(fresh)
+    found = {name: tuple(x.shape) for name, x in fresh.items()}
+    for part in parts:
+        if twice := found.keys() & part.shapes.keys():
+            raise ValueError(f"{part.files[0].parent} holds {min(twice)}, which came already; expected it once")
+        found |= part.shapes
+    expected = {rename(name): tuple(p.shape) for name, p in model.named_parameters()}
+    wrong = [f"{n} {list(s)} is missing" for n, s in expected.items() if n not in found]
+    wrong += [f"{n} {list(s)} is unexpected" for n, s in found.items() if n not in expected]
+    both = [(n, list(found[n]), list(s)) for n, s in expected.items() if found.get(n, s) != s]
+    wrong += [f"{n} is {theirs} in the file, {ours} by the config" for n, theirs, ours in both]
+    if wrong:
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(f"the weights in {parts[0].files[0].parent} don't fit: {'; '.join(wrong[:4])}{more}")
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or default_dtype(device, sum(p.numel() for p in model.parameters()))
+    tensors = {name: x.to(device, dtype) for name, x in fresh.items()}
+    for part in parts:
+        tensors.update(part.read(device, dtype))
+    model.load_state_dict({name: tensors[rename(name)] for name in model.state_dict()}, assign=True)
+    return model.eval()
+
+
+def default_dtype(device: torch.device, parameters: int) -> torch.dtype:
+    """bfloat16 on an accelerator; on a CPU float32, which is faster there, unless it exceeds the free memory."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    try:
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):  # not Linux: count all of the memory
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")
+    return torch.float32 if 1.15 * 4 * parameters < free else torch.bfloat16
+
+
+# -- configs ---------------------------------------------------------------------------------------------------------
+
+# our field = (the key in Hugging Face's config, its default there)
+TEXT = dict(
+    vocab_size=("vocab_size", None), width=("hidden_size", 4096), layers=("num_hidden_layers", 32),
+    heads=("num_attention_heads", 32), kv_heads=("num_key_value_heads", None), mlp=("intermediate_size", 11008),
+    context=("max_position_embeddings", 2048), eps=("rms_norm_eps", 1e-6),
+)  # fmt: skip
+VISION = dict(
+    image_size=("image_size", 224), patch_size=("patch_size", 32), width=("hidden_size", 768),
+    mlp=("intermediate_size", 3072), layers=("num_hidden_layers", 12), heads=("num_attention_heads", 12),
+    eps=("layer_norm_eps", 1e-5),
+)  # fmt: skip
+CLIP_TEXT = dict(
+    vocab_size=("vocab_size", 49408), context=("max_position_embeddings", 77), width=("hidden_size", 512),
+    mlp=("intermediate_size", 2048), layers=("num_hidden_layers", 12), heads=("num_attention_heads", 8),
+    eps=("layer_norm_eps", 1e-5),
+)  # fmt: skip
+LLAMAS = ("llama", "llava", "llava_llama")  # model_type of a decoder with TEXT's defaults
+OTHERS = ("mistral", "phi3", "llava_phi3")  # with other defaults: they must spell everything out; may have a window
+OFFICIAL = ("llava", "llava_llama", "llava_phi3")  # model_type of the whole, in the official layout
+
+
+def _sizes(config: dict, table: dict, act: str) -> dict:
+    if (given := config.get("hidden_act", act)) != act:
+        raise ValueError(f"the config says hidden_act {given!r}; only {act!r} is known here")
+    return {ours: default if config.get(key) is None else config[key] for ours, (key, default) in table.items()}
+
+
+def vision_config(config: dict | None) -> VisionConfig:
+    """From a "vision_config"; None, when there isn't any, is ViT-L/14-336."""
+    return VisionConfig() if config is None else VisionConfig(**_sizes(config, VISION, "quick_gelu"))
+
+
+def text_config(config: dict, rows: int) -> LlamaConfig:
+    """From the config of a decoder; `rows` of embeddings where it doesn't say."""
+    kind = config.get("model_type", "llama")
+    if kind not in LLAMAS + OTHERS:
+        raise ValueError(f"the language model is a {kind!r}; expected one of {', '.join(LLAMAS + OTHERS)}")
+    if kind in OTHERS and (silent := [key for key, _ in TEXT.values() if key not in config]):
+        raise ValueError(f"the config of the language model, a {kind}, lacks {', '.join(silent)}")
+    sizes = _sizes(config, TEXT, "silu")
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    head_width = sizes["width"] // sizes["heads"]
+    known = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1, "head_dim": head_width}
+    for key, only in known.items():
+        if (given := rope.get(key) or config.get(key) or only) != only:
+            raise ValueError(f"the config of the language model says {key} {given!r}; only {only!r} is known here")
+    sizes["vocab_size"] = sizes["vocab_size"] or rows
+    sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
+    theta = config.get("rope_theta") or rope.get("rope_theta") or 10_000
+    window = config.get("sliding_window") if kind in OTHERS else None
+    return LlamaConfig(**sizes, rope_theta=float(theta), window=window)
+
+
+def feature_layers(config: dict, inputs: int, width: int) -> tuple[int, ...]:
+    """The layers of a tower `width` wide that a projector with so many inputs was made for."""
+    for key in ("vision_feature_layers", "vision_feature_layer"):  # both are about, each for one and for many
+        given = config.get(key)
+        given = (given,) if isinstance(given, int) else tuple(given or ())
+        if len(given) * width == inputs:
+            return given
+    if len(FIVE) * width == inputs:
+        return FIVE
+    raise ValueError(
+        f"the projector reads {inputs} channels, the tower is {width} wide; expected {inputs / width:g} layers as "
+        f'"vision_feature_layers" in the config, got {config.get("vision_feature_layers")}'
+    )
+
+
+def join_configs(config: dict, text: LlamaConfig, vision: VisionConfig, inputs: int, tokenizer: Tokenizer):
+    """The whole model's configuration; what `config` leaves open the projector's inputs and the tokenizer tell."""
+    if (act := config.get("projector_hidden_act", "gelu")) != "gelu":
+        raise ValueError(f"the config says projector_hidden_act {act!r}; only 'gelu' is known here")
+    needs = {"<|eot_id|>": "llava_llama_3", "<|end|>": "llava_phi_3"}  # tokens that only these templates have
+    template = config.get("template") or next((needs[t] for t in needs if t in tokenizer.specials), "llava_v1")
+    if template not in TEMPLATES:
+        raise ValueError(f"the config says template {template!r}; expected one of {', '.join(TEMPLATES)}")
+    # The official layout has no image token. Its first free id is the first without a token, or without a row.
+    free = min(text.vocab_size, 1 + max(tokenizer.vocab_size - 1, *tokenizer.specials.values()))
+    return ViPLLaVAConfig(
+        vision=vision,
+        text=text,
+        feature_layers=feature_layers(config, inputs, vision.width),
+        projector_eps=config.get("projector_layernorm_eps", 1e-5),
+        image_token_id=config.get("image_token_index", config.get("image_token_id", free)),
+        template=template,
+    )
+
+
+# -- in --------------------------------------------------------------------------------------------------------------
+
+
+def load(path_or_name, device=None, dtype: torch.dtype | None = None, clip=None) -> tuple[ViPLLaVA, Tokenizer]:
+    """A ViP-LLaVA in Hugging Face's or the official layout, in eval mode, and its tokenizer.
+
+    path_or_name: see `find`. device: None is CUDA where there is one. dtype: None leaves it to `default_dtype`. clip:
+    another CLIP whose image tower is to be used; DEFAULT_CLIP's is where the official layout has none inside.
+    """
+    folder = find(path_or_name)
+    config = read_json(folder / "config.json")
+    kind, tower = config.get("model_type"), str(config.get("mm_vision_tower"))
+    official = kind in OFFICIAL and "clip_4layers_336" in tower
+    if kind != "vipllava" and not official:
+        raise ValueError(
+            f"{folder}/config.json says model_type {kind!r}, mm_vision_tower {tower!r}; expected vipllava, or "
+            f"{', '.join(OFFICIAL)} with clip_4layers_336"
+        )
+    parts, vision = [Part(weight_files(folder), drop=("vision.",) if clip else ())], config.get("vision_config")
+    if official and not clip and not any(name.startswith("vision.") for name in parts[0].shapes):
+        clip = DEFAULT_CLIP
+    if clip:
+        part, vision = _tower(clip)
+        parts.append(part)
+    text = config if official else config.get("text_config") or {}
+    return _assemble(config, text, vision, parts, Tokenizer.load(folder), device, dtype)
+
+
+def load_parts(llm, clip=DEFAULT_CLIP, projector=None, device=None, dtype: torch.dtype | None = None):
+    """A ViP-LLaVA from a language model (Vicuna, Llama-3, Phi-3), a CLIP and an mm_projector.bin, and its tokenizer.
+
+    Each is a folder or a name, see `find`; `projector` may be the file. None makes a new one for FIVE layers, from
+    PyTorch's global generator: the start of stage 1.
+    """
+    folder = find(llm)
+    part, vision = _tower(clip)
+    parts = [Part(weight_files(folder)), part]
+    if projector is not None:
+        file = Path(projector).expanduser()
+        parts.append(Part((file if file.is_file() else find(projector) / "mm_projector.bin",)))
+    text = read_json(folder / "config.json")
+    return _assemble({}, text, vision, parts, Tokenizer.load(folder), device, dtype, fresh=projector is None)
+
+
+def _tower(clip) -> tuple[Part, dict]:
+    """The image tower of a CLIP checkpoint, and its config."""
+    folder = find(clip)
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "clip":
+        raise ValueError(f"{folder}/config.json says model_type {config.get('model_type')!r}; expected 'clip'")
+    return Part(weight_files(folder), drop=CLIP_REST), config.get("vision_config", {})
+
+
+def _assemble(config, text, vision, parts, tokenizer, device, dtype, fresh=False) -> tuple[ViPLLaVA, Tokenizer]:
+    """Configs of the whole, of the decoder and of the tower, and files -> a model; `fresh`: with a new projector."""
+    shapes = {name: shape for part in parts for name, shape in part.shapes.items()}
+    text = text_config(text, rows=shapes.get("llama.embed_tokens.weight", (0,))[0])
+    vision = vision_config(vision)
+    inputs = shapes.get("projector.layernorm.weight", (len(FIVE) * vision.width,))[0]
+    config = join_configs(config, text, vision, inputs, tokenizer)
+    with torch.device("meta"):
+        model = ViPLLaVA(config)
+    projector = {f"projector.{name}": x for name, x in Projector(config).state_dict().items()} if fresh else {}
+    return fill(model, parts, device, dtype, projector), tokenizer
+
+
+# -- out -------------------------------------------------------------------------------------------------------------
+
+WRITTEN = re.compile(  # the files of a model
+    r"((generation_|tokenizer_|preprocessor_|processor_)?config|tokenizer|model\.safetensors\.index)\.json"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors"
+)
+
+
+def save(model: ViPLLaVA, tokenizer: Tokenizer, folder, shard_bytes: float = 5e9) -> None:
+    """Write Hugging Face's VipLlava layout; the weights in files of at most `shard_bytes` (or of one tensor).
+
+    All is written to a hidden folder beside. Where `folder` is new, that is renamed; else its files are moved over,
+    and till the last has come config.json says so: a model is whole, or it doesn't load. A model that `save` wrote is
+    replaced, other files stay. Raises ValueError, before anything is written, where another model would be lost.
+    """
+    folder = Path(folder).resolve()
+    if folder.is_dir() and any(WRITTEN.fullmatch(item.name) for item in folder.iterdir()):
+        if "template" not in (read_json(folder / "config.json") if (folder / "config.json").is_file() else {}):
+            raise ValueError(f"{folder} holds a model that was not saved from here; expected another folder")
+    beside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)  # of a save that was killed
+    beside.mkdir(parents=True)
+    try:
+        _write_weights(model, beside, shard_bytes)
+        _write_configs(model, tokenizer, beside)
+    except BaseException:
+        shutil.rmtree(beside)
+        raise
+    _publish(beside, folder)
+
+
+def _publish(beside: Path, folder: Path) -> None:
+    """Put what lies `beside` into `folder`."""
+    if not folder.exists():
+        beside.rename(folder)
+        return
+    _write_json(beside / "half.json", {"model_type": f"half a vipllava: the rest is in {beside}", "template": None})
+    (beside / "half.json").replace(folder / "config.json")
+    new = {item.name for item in beside.iterdir()}
+    for item in folder.iterdir():
+        if WRITTEN.fullmatch(item.name) and item.name not in new:  # of an earlier model with more shards
+            item.unlink()
+    for name in sorted(new, key=lambda name: name == "config.json"):  # this one last
+        (beside / name).replace(folder / name)
+    beside.rmdir()
+
+
+def _rows(config: ViPLLaVAConfig) -> int:
+    """Embedding rows in Hugging Face's layout: room for <image> and <pad>, to a multiple of 64 if more are needed."""
+    needed = config.image_token_id + 2
+    return config.text.vocab_size if needed <= config.text.vocab_size else -(-needed // 64) * 64
+
+
+def _write_weights(model: ViPLLaVA, folder: Path, shard_bytes: float) -> None:
+    shards, size, more = [[]], 0, _rows(model.config) - model.config.text.vocab_size
+    for name, p in model.state_dict().items():
+        if size and size + p.nbytes > shard_bytes:
+            shards, size = [*shards, []], 0
+        shards[-1].append(name)
+        size += p.nbytes
+    state, places, total = model.state_dict(), {}, 0
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors = {hub_name(name): state[name].cpu().contiguous() for name in names}  # on a CPU these are no copies
+        for name in tensors.keys() & {hub_name("llama.embed_tokens.weight"), hub_name("llama.lm_head.weight")}:
+            x = tensors[name]
+            mean = x.float().mean(dim=0, keepdim=True).to(x.dtype)  # a head's mean row is never the likeliest token
+            tensors[name] = torch.cat([x, mean.expand(more, -1)]) if more else x
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        places.update(dict.fromkeys(tensors, file))
+        total += sum(x.nbytes for x in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_configs(model: ViPLLaVA, tokenizer: Tokenizer, folder: Path) -> None:
+    c, S, rows = model.config, model.config.vision.image_size, _rows(model.config)
+    pad = tokenizer.specials.get("<pad>", c.image_token_id + 1)
+    tokenizer.save(folder, {"<image>": c.image_token_id, "<pad>": pad})
+    ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": pad}
+    dtype = str(model.llama.embed_tokens.weight.dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", {**config_json(c, rows), **ends, "torch_dtype": dtype})
+    ends["eos_token_id"] = sorted(stop_ids(tokenizer, c.template))
+    silent = list(range(c.image_token_id, rows))  # transformers shall not sample untrained rows either
+    _write_json(folder / "generation_config.json", {**ends, "suppress_tokens": silent})
+    image = {"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": 3}
+    image |= {"size": {"shortest_edge": S}, "do_center_crop": True, "crop_size": {"height": S, "width": S}}
+    image |= {"do_rescale": True, "rescale_factor": 1 / 255}
+    image |= {"do_normalize": True, "image_mean": MEAN, "image_std": STD}
+    _write_json(folder / "preprocessor_config.json", image)
+    words = {"processor_class": "LlavaProcessor", "patch_size": c.vision.patch_size, "image_token": "<image>"}
+    words |= {"num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}  # the class token
+    _write_json(folder / "processor_config.json", words)
+
+
+def config_json(c: ViPLLaVAConfig, rows: int) -> dict:
+    """Hugging Face's config.json with every size spelled out; "template" is our own."""
+    text = {key: getattr(c.text, ours) for ours, (key, _) in TEXT.items()}
+    text |= {"model_type": "llama", "vocab_size": rows, "hidden_act": "silu"}
+    text |= {"rope_theta": c.text.rope_theta, "head_dim": c.text.head_width, "tie_word_embeddings": False}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": c.text.rope_theta}}  # transformers 5
+    if c.text.window is not None:  # Mistral is LLaMA with a window
+        text |= {"model_type": "mistral", "sliding_window": c.text.window}
+    vision = {key: getattr(c.vision, ours) for ours, (key, _) in VISION.items()}
+    return {
+        "model_type": "vipllava",
+        "architectures": ["VipLlavaForConditionalGeneration"],
+        "template": c.template,
+        "image_token_index": c.image_token_id,
+        "image_seq_length": c.vision.patches,
+        "vision_feature_layers": list(c.feature_layers),
+        "vision_feature_layer": list(c.feature_layers),  # transformers 5
+        "projector_hidden_act": "gelu",
+        "projector_layernorm_eps": c.projector_eps,
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", **vision},
+    }
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+# -- where a model lies ----------------------------------------------------------------------------------------------
+
+
+def find(path_or_name: str | Path) -> Path:
+    """The folder of a model: a short name of NAMES, a folder, or a hub name, found in WEIGHTS or else downloaded."""
+    name = str(path_or_name)
+    if name and name not in NAMES and Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    repo = NAMES.get(name, name)
+    local = WEIGHTS / repo
+    if name == "tiny" and not local.is_dir():
+        raise FileNotFoundError(f"the model tiny should lie in {local}, which is not there")
+    if name != "tiny" and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
+        choices = f"a folder, a short name ({', '.join(NAMES)}) or a hub name such as {NAMES['7b']}"
+        raise FileNotFoundError(f"no model {name!r} here; expected {choices}")
+    return local if local.is_dir() else download(repo, local)
+
+
+def download(repo: str, by_hand: Path) -> Path:
+    """Fetch configs, tokenizer and weights from the hub into its cache, with a progress bar."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    small = ["*.json", "*.model", "merges.txt"]
+    try:  # weights as safetensors if there are any; never both kinds, never code
+        folder = Path(snapshot_download(repo, allow_patterns=["*.safetensors", *small], ignore_patterns="*/*"))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(repo, allow_patterns=["*.bin", *small], ignore_patterns="*/*"))
+        return folder
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"no folder {repo} here, and the Hugging Face hub shows no such model (misspelled, or not open to all?)"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(
+            f"{repo} can't be downloaded ({reason}); by hand: put the .json, tokenizer and .safetensors (or else "
+            f".bin) files of https://huggingface.co/{repo}/tree/main into {by_hand}"
+        ) from None
+
+
+# -- CLIP by itself --------------------------------------------------------------------------------------------------
+
+
+def load_clip(path_or_name: str | Path, device=None, dtype: torch.dtype | None = None) -> tuple[CLIP, Callable]:
+    """A whole official CLIP and `tokenize`, texts -> ids (M, T), ended and padded to the longest by end-of-text."""
+    folder = find(path_or_name)
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "clip":
+        raise ValueError(f"{folder / 'config.json'} says model_type {config.get('model_type')!r}; expected clip")
+    text = TextConfig(**_sizes(config.get("text_config", {}), CLIP_TEXT, "quick_gelu"))
+    with torch.device("meta"):
+        model = CLIP(vision_config(config.get("vision_config", {})), text, config.get("projection_dim", 512))
+    return fill(model, [Part(weight_files(folder))], device, dtype), clip_tokenizer(folder, text)
+
+
+def clip_tokenizer(folder: Path, config: TextConfig) -> Callable[[list[str]], torch.Tensor]:
+    """CLIP's byte-pair encoding: lower case, words and signs apart, "</w>" at the end of each."""
+    if (folder / "tokenizer.json").is_file():
+        bpe = read_json(folder / "tokenizer.json")["model"]
+        vocab, merges = bpe["vocab"], [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in bpe["merges"]]
+    elif (folder / "merges.txt").is_file():
+        vocab, lines = read_json(folder / "vocab.json"), (folder / "merges.txt").read_text(encoding="utf-8")
+        merges = [tuple(line.split(" ")) for line in lines.split("\n") if line and not line.startswith("#version")]
+    else:
+        raise FileNotFoundError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
+    bpe = BPETokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+    split = pre_tokenizers.Split(Regex(words), "removed", invert=True)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    begin, end = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
+
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        if not texts:
+            raise ValueError("no text to tokenize; expected a list of one or more")
+        rows = [[begin, *bpe.encode(text).ids, end] for text in texts]
+        longest = max(map(len, rows))
+        if longest > config.context:
+            raise ValueError(f"a text of {longest} tokens; CLIP reads at most {config.context}, both ends included")
+        return torch.tensor([row + [end] * (longest - len(row)) for row in rows])  # (M, T)
+
+    return tokenize
