@@ -36,6 +36,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,11 +47,11 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer as BPETokenizer, models, normalizers, pre_tokenizers
 
-from chat import TEMPLATES, Tokenizer, stop_ids
+from chat import TEMPLATES, stop_ids
 from clip import CLIP, MEAN, STD, TextConfig, VisionConfig
 from llama import LlamaConfig
+from tokenizer import Tokenizer, clip_tokenizer, read_json
 from vipllava import Projector, ViPLLaVA, ViPLLaVAConfig
 
 NAMES = {
@@ -229,18 +230,6 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return tuple(shards.values())
 
 
-def read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}; expected an object")
-    return content
-
-
 def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=()) -> nn.Module:
     """Give a model on the meta device its weights: from files, and from `fresh`, our names -> tensors; eval mode."""
     fresh = dict(fresh)
@@ -261,10 +250,19 @@ def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=()) -> nn.Mod
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or default_dtype(device, sum(p.numel() for p in model.parameters()))
     tensors = {name: x.to(device, dtype) for name, x in fresh.items()}
-    for part in parts:
-        tensors.update(part.read(device, dtype))
+    reading = (pair for part in parts for pair in part.read(device, dtype))
+    tensors.update(_with_bar(reading, len(found) - len(fresh)))
     model.load_state_dict({name: tensors[rename(name)] for name in model.state_dict()}, assign=True)
     return model.eval()
+
+
+def _with_bar(pairs: Iterator, total: int) -> Iterator:
+    """The same pairs, with a progress bar on stderr where a person watches."""
+    if not sys.stderr.isatty():
+        return pairs
+    from huggingface_hub.utils import tqdm  # half a second that nobody else needs to wait
+
+    return tqdm(pairs, "weights", total, leave=False)
 
 
 def default_dtype(device: torch.device, parameters: int) -> torch.dtype:
@@ -612,35 +610,4 @@ def load_clip(path_or_name: str | Path, device=None, dtype: torch.dtype | None =
     text = TextConfig(**_sizes(config.get("text_config", {}), CLIP_TEXT, "quick_gelu"))
     with torch.device("meta"):
         model = CLIP(vision_config(config.get("vision_config", {})), text, config.get("projection_dim", 512))
-    return fill(model, [Part(weight_files(folder))], device, dtype), clip_tokenizer(folder, text)
-
-
-def clip_tokenizer(folder: Path, config: TextConfig) -> Callable[[list[str]], torch.Tensor]:
-    """CLIP's byte-pair encoding: lower case, words and signs apart, "</w>" at the end of each."""
-    if (folder / "tokenizer.json").is_file():
-        bpe = read_json(folder / "tokenizer.json")["model"]
-        vocab, merges = bpe["vocab"], [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in bpe["merges"]]
-    elif (folder / "merges.txt").is_file():
-        vocab, lines = read_json(folder / "vocab.json"), (folder / "merges.txt").read_text(encoding="utf-8")
-        merges = [tuple(line.split(" ")) for line in lines.split("\n") if line and not line.startswith("#version")]
-    else:
-        raise FileNotFoundError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
-    bpe = BPETokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    words = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-    split = pre_tokenizers.Split(Regex(words), "removed", invert=True)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    begin, end = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
-
-    def tokenize(texts: list[str]) -> torch.Tensor:
-        if not texts:
-            raise ValueError("no text to tokenize; expected a list of one or more")
-        rows = [[begin, *bpe.encode(text).ids, end] for text in texts]
-        longest = max(map(len, rows))
-        if longest > config.context:
-            raise ValueError(f"a text of {longest} tokens; CLIP reads at most {config.context}, both ends included")
-        return torch.tensor([row + [end] * (longest - len(row)) for row in rows])  # (M, T)
-
-    return tokenize
+    return fill(model, [Part(weight_files(folder))], device, dtype), clip_tokenizer(folder, text.context)

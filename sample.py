@@ -32,9 +32,10 @@ import torch
 from PIL import Image, ImageOps
 
 import checkpoint
-from chat import IMAGE, TEMPLATES, Stream, Tokenizer, Turn, encode_chat, stop_ids
+from chat import IMAGE, TEMPLATES, Turn, encode_chat, stop_ids
 from clip import open_image, preprocess
 from overlay import COLORS, Marker, Region, draw, make_marker, phrase, rgb_of
+from tokenizer import Stream, Tokenizer
 from vipllava import expand
 
 
@@ -435,9 +436,7 @@ def run(args: argparse.Namespace) -> None:
         check_show(args.show, args.image)
 
     began = time.perf_counter()
-    if sys.stderr.isatty():
-        print(f"loading {args.model} …", file=sys.stderr)
-    else:
+    if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     model, tokenizer = checkpoint.load(args.model, args.device, DTYPES.get(args.dtype))
     opening = turns or [Turn("", image=True)]

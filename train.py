@@ -35,11 +35,12 @@ from torch.utils.data import DataLoader, Dataset
 
 import checkpoint
 import llama
-from chat import HUMAN, Tokenizer, encode_chat
+from chat import HUMAN, encode_chat
 from clip import VisionConfig, preprocess
 from data import scenes
 from evals.scenes import evaluate
 from overlay import draw
+from tokenizer import Tokenizer
 from vipllava import IGNORE, ViPLLaVA, ViPLLaVAConfig, expand, pad
 
 

@@ -16,10 +16,11 @@ from dataclasses import replace
 import torch
 
 import checkpoint
-from chat import TEMPLATES, Stream, encode_chat, stop_ids
+from chat import TEMPLATES, encode_chat, stop_ids
 from clip import preprocess
 from data import scenes
 from overlay import KINDS, draw
+from tokenizer import Stream
 
 
 def answer(model, tokenizer, samples: list[scenes.Sample], max_new_tokens: int) -> list[str]:

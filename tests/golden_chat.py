@@ -1,5 +1,5 @@
 """Make golden/tiny.model, a small sentencepiece model, and golden/chat.json, what sentencepiece makes of texts and
-prompts with it. tests/test_chat.py compares chat.py with them; nothing of chat.py is used here.
+prompts with it. tests/test_chat.py and test_tokenizer.py compare with them; nothing of ours is used here.
 
 Needs `pip install sentencepiece protobuf` (the files are of sentencepiece 0.2.3). Run from anywhere:
 

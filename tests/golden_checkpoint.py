@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
 import checkpoint
-from chat import IMAGE, Tokenizer, Turn, encode_chat
+from chat import IMAGE, Turn, encode_chat
 from clip import VisionConfig
 from llama import LlamaConfig
+from tokenizer import Tokenizer
 from vipllava import ViPLLaVA, ViPLLaVAConfig, expand
 
 VISION = VisionConfig(image_size=28, patch_size=7, width=24, layers=12, heads=3, mlp=40)

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from chat import IMAGE, Tokenizer
+from chat import IMAGE
 from clip import CLIP, TextConfig, VisionConfig
 from llama import LlamaConfig
+from tokenizer import Tokenizer
 from vipllava import ViPLLaVA, ViPLLaVAConfig
 
 VISION = VisionConfig(image_size=21, patch_size=7, width=24, layers=11, heads=3, mlp=40)

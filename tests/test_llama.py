@@ -229,7 +229,7 @@ def test_grouped_attention_is_softmax_of_scaled_products():
     """Guards against: query head h served by key head h % K in place of h // (H / K), another scale."""
     config = LlamaConfig(width=24, heads=6, kv_heads=2, layers=1, mlp=8, vocab_size=9)
     attention = fill(Llama(config), seed=9).layers[0].self_attn
-    B, T, D = 3, 5, config.head_width
+    T, D = 5, config.head_width
     x = random_pixels(1, 24, seed=9)[0, :, :T]  # (3, 5, 24)
     cos, sin = rope_table(torch.arange(T)[None], config, torch.float32)
     heads = []

@@ -28,10 +28,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a model's name that is none must not be lo
 
 import checkpoint
 import sample
-from chat import HUMAN, IMAGE, Tokenizer, Turn, encode_chat
+from chat import HUMAN, Turn, encode_chat
 from clip import VisionConfig, open_image
 from llama import LlamaConfig
 from overlay import KINDS, draw, make_marker, phrase
+from tokenizer import Tokenizer
 from vipllava import ViPLLaVA, ViPLLaVAConfig
 
 SIZE = (400, 300)  # of photo.jpg
