@@ -47,7 +47,9 @@ from vipllava import IGNORE, ViPLLaVA, ViPLLaVAConfig, expand, pad
 SOURCES = {
     "captions": scenes.caption_sample,
     "markers": scenes.marker_sample,
-    "bold": functools.partial(scenes.marker_sample, distribution=scenes.BOLD),  # wider strokes, easier to begin with
+    "marked": scenes.marked_caption_sample,
+    "bold-markers": functools.partial(scenes.marker_sample, distribution=scenes.BOLD),  # wider strokes, easier to begin with
+    "bold-marked": functools.partial(scenes.marked_caption_sample, distribution=scenes.BOLD),
 }
 
 
@@ -98,7 +100,7 @@ class Recipe:
 
 RECIPES = {
     "tiny-captions": Recipe("captions", steps=2500),
-    "tiny-markers": Recipe("markers=2,bold=1,captions=1", steps=5000),
+    "tiny-markers": Recipe("markers=3,bold-markers=2,marked=2,bold-marked=1", steps=3400),
 }
 TINY_VISION = VisionConfig(image_size=112, patch_size=14, width=128, layers=7, heads=4, mlp=512)
 TINY_LAYERS = (-2, -3, -4, -5, 1)

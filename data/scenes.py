@@ -9,8 +9,8 @@ come its picture, its caption, and questions about objects that a visual prompt 
     caption        Scene                   -> "top left: a red star. center: a large blue ring."
     marker_sample  generator, size, kinds  -> Sample    "What is within the red rectangle?" -> "a blue ring"
 
-Three samplers make a Sample(image, markers, turns): `caption_sample` (stage 1, no marker), `marker_sample` (stage 2)
-and `test_sample` (one marker, one question, one right answer). Its image is unmarked: overlay.draw marks it.
+Samplers make a Sample(image, markers, turns): `caption_sample`; `marked_caption_sample`, whose caption mentions markers;
+`marker_sample`; and `test_sample` (one marker, one question). Its image is unmarked: overlay.draw marks it.
 
 Two pitfalls. A marker may vanish in what it lies on (a red point on a red star): then it is sampled again. And two
 markers in one image must be told apart by their words: their kinds differ, or both have named and unlike colors.
@@ -57,7 +57,7 @@ BOLD = Distribution(alpha=(0.7, 1), mask_alpha=(0.3, 0.5), rectangle_width=(6, 1
 # ---- what is asked -------------------------------------------------------------------------------------------------
 P_MARKERS = (0.4, 0.3, 0.3)                  # that one, two, three objects are marked
 P_THIS, P_COLOR, P_SHAPE = 0.25, 0.08, 0.08  # "What is this?" (one marker only), "What color …", "What shape …"
-P_RELATION, P_DESCRIBE = 0.5, 0.25           # as a further turn: how two are related, "Describe the image."
+P_WHERE, P_RELATION, P_DESCRIBE = 0.5, 0.5, 0.15  # further turns: where each is, how two are related, the whole image
 CLEAR = 1.3           # how many times the smaller of two offsets, or of two differences in color, the larger must be
 CONTRAST = 80         # alpha x distance in RGB, between a marker and what lies under it
 MASKED = 45           # distance in RGB, between an object's color and its tint under a mask
@@ -248,17 +248,26 @@ def describe(thing):
     return f"{'an' if thing.color[0] in 'aeiou' else 'a'} {thing.color} {thing.shape}"
 
 
-def caption(scene):
-    """Every object in reading order, its position first: a model can say where to look before it looks there."""
-    def cell(thing):
-        (x, y), (width, height) = thing.center, scene.size
-        return int(3 * y / height), int(3 * x / width), x
+def cell(scene, thing):
+    """(row, column) of the 3 x 3 grid that an object's center lies in."""
+    (x, y), (width, height) = thing.center, scene.size
+    return int(3 * y / height), int(3 * x / width)
 
+
+def position(scene, thing):
+    """'bottom left'."""
+    row, column = cell(scene, thing)
+    return POSITIONS[row][column]
+
+
+def caption(scene, marked=()):
+    """Every object in reading order, its position first: a model can say where to look before it looks there. Of the
+    pairs (object, marker) in `marked` the object is said to be "within the red rectangle", and so on."""
+    words = {id(thing): f" {phrase(marker)}" for thing, marker in marked}
     lines = []
-    for thing in sorted(scene.objects, key=cell):
-        row, column, _ = cell(thing)
+    for thing in sorted(scene.objects, key=lambda thing: (*cell(scene, thing), thing.center[0])):
         noun = describe(thing) if thing.size == "small" else f"a large {thing.color} {thing.shape}"
-        lines.append(f"{POSITIONS[row][column]}: {noun}.")
+        lines.append(f"{position(scene, thing)}: {noun}{words.get(id(thing), '')}.")
     return " ".join(lines)
 
 
@@ -286,6 +295,12 @@ def caption_sample(generator, size=(224, 224)):
     return Sample(render(scene), (), (Turn("", caption(scene), image=True),))
 
 
+def marked_caption_sample(generator, size=(224, 224), kinds=KINDS, distribution=RELEASED):
+    """The same of an image with one to three markers, which the caption mentions: what a marker is, and where."""
+    scene, things, markers = _marked_scene(generator, size, kinds, None, distribution)
+    return Sample(render(scene), markers, (Turn("", caption(scene, zip(things, markers)), image=True),))
+
+
 def test_sample(generator, size=(224, 224), kind="arrow", distribution=RELEASED):
     """One marker of this kind, "What is {phrase}?", one right answer: the held-out accuracy counts exact matches."""
     scene = sample_scene(generator, size)
@@ -297,21 +312,32 @@ test_sample.__test__ = False   # pytest would take it for a test
 
 
 def marker_sample(generator, size=(224, 224), kinds=KINDS, n_markers=None, distribution=RELEASED):
-    """One to three marked objects, a question about each, then perhaps how two are related, or the whole image."""
+    """One to three marked objects; what each is, perhaps where, how two are related, and the whole, in any order."""
+    scene, things, markers = _marked_scene(generator, size, kinds, n_markers, distribution)
+    asked, alone = [], len(things) == 1
+    for thing, marker in zip(things, markers):
+        asked.append(_question(generator, thing, marker, alone))
+        if generator.random() < P_WHERE:
+            which = "this" if alone and generator.random() < P_THIS else f"the object {phrase(marker)}"
+            asked.append((f"Where is {which}?", position(scene, thing)))
+    if len(things) == 2 and _is_clear(*things) and generator.random() < P_RELATION:
+        asked.append(_related(generator, things, markers))
+    if generator.random() < P_DESCRIBE:
+        asked.append(("Describe the image.", caption(scene)))
+    asked = [asked[i] for i in generator.permutation(len(asked))]
+    turns = tuple(Turn(question, answer, image=i == 0) for i, (question, answer) in enumerate(asked))
+    return Sample(render(scene), markers, turns)
+
+
+def _marked_scene(generator, size, kinds, n_markers, distribution):
+    """A scene, some of its objects, and their markers."""
     choice = generator.random()
     if n_markers is None:
         n_markers = 1 + (choice >= P_MARKERS[0]) + (choice >= P_MARKERS[0] + P_MARKERS[1])
     if not 1 <= n_markers <= 6:
         raise ValueError(f"n_markers is {n_markers}; expected 1 to 6, the most objects of a scene")
     scene = sample_scene(generator, size, n=int(generator.integers(max(2, n_markers), 7)))
-    things, markers = sample_markers(generator, scene, n_markers, kinds, distribution)
-    asked = [_question(generator, thing, marker, alone=len(things) == 1) for thing, marker in zip(things, markers)]
-    if len(things) == 2 and _is_clear(*things) and generator.random() < P_RELATION:
-        asked.append(_related(generator, things, markers))
-    if generator.random() < P_DESCRIBE:
-        asked.append(("Describe the image.", caption(scene)))
-    turns = tuple(Turn(question, answer, image=i == 0) for i, (question, answer) in enumerate(asked))
-    return Sample(render(scene), markers, turns)
+    return scene, *sample_markers(generator, scene, n_markers, kinds, distribution)
 
 
 def sample_markers(generator, scene, n, kinds=KINDS, distribution=RELEASED):
@@ -375,9 +401,10 @@ def _is_clear(a, b):
 
 
 def _related(generator, things, markers):
-    """A follow-up, in the order of the questions before, or a question that stands alone, in either order."""
+    """About "the two", the left or upper one first, or about two phrases, in either order."""
     if generator.random() < 0.5:
-        return "How are the two related?", relation(*things)
+        said = relation(*things)
+        return "How are the two related?", said if "left of" in said or "above" in said else relation(*things[::-1])
     i, j = generator.permutation(2)
     question = f"How are the objects {phrase(markers[i])} and {phrase(markers[j])} related?"
     return question, relation(things[i], things[j])

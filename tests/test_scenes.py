@@ -2,16 +2,17 @@
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from data import scenes
-from data.scenes import (BACKGROUNDS, OBJECT_COLORS, POSITIONS, SHAPES, Background, Scene, caption,
-                         caption_sample, describe, example_scene, generator_for, main, make_object, marker_sample,
-                         relation, render, sample_markers, sample_scene, test_sample, write)
-from overlay import KINDS, draw, phrase
+from data.scenes import (BACKGROUNDS, OBJECT_COLORS, POSITIONS, SHAPES, Background, Scene, caption, caption_sample,
+                         describe, example_scene, generator_for, main, make_object, marked_caption_sample,
+                         marker_sample, relation, render, sample_markers, sample_scene, test_sample, write)
+from overlay import KINDS, draw, make_marker, phrase
 
 SIZE = (224, 192)   # not square, so that an exchange of width and height shows
 GRAY = Background("flat", ((128, 128, 128),) * 2)
@@ -214,14 +215,16 @@ def test_markers_of_one_image_are_told_apart_by_words(kinds):
 def test_every_form_of_question_comes_up_with_its_kind_of_answer():
     """Guards against a form that a changed probability has made unreachable, and answers of the wrong form."""
     turns = [turn for i in range(400) for turn in marker_sample(generator_for("train", 3, i), (64, 64)).turns]
-    for start in ("What is this?", "What is within", "What color ", "What shape ", "How are the two ",
-                  "How are the objects ", "Describe the image."):
+    for start in ("What is this?", "What is within", "What color ", "What shape ", "Where is this?", "Where is the object ",
+                  "How are the two ", "How are the objects ", "Describe the image."):
         assert any(turn.question.startswith(start) for turn in turns), start
     for turn in turns:
         if turn.question.startswith("What color"):
             assert turn.answer in OBJECT_COLORS
         elif turn.question.startswith("What shape"):
             assert turn.answer in SHAPES
+        elif turn.question.startswith("Where is"):
+            assert turn.answer in sum(POSITIONS, ())
         elif turn.question.startswith("What is"):
             assert turn.answer.split()[1] in OBJECT_COLORS and turn.answer.split()[2] in SHAPES
 
@@ -235,12 +238,43 @@ def test_answers_belong_to_their_markers():
         nouns = {marker: questions.get(f"What is {phrase(marker)}?") for marker in sample.markers}
         for question, answer in questions.items():
             if "related" in question and all(nouns.values()):
-                order = sample.markers if "two" in question else sorted(
-                    sample.markers, key=lambda m: question.index(phrase(m)))
+                two = "two" in question  # nobody can see which was drawn first: the left or upper one is named first
+                order = sorted(sample.markers, key=lambda m: answer.index(nouns[m].split(" ", 1)[1]) if two else question.index(phrase(m)))
                 first, second = (nouns[m].split(" ", 1)[1] for m in order)
                 assert answer.startswith(f"The {first} is ") and answer.endswith(f" the {second}.")
+                assert not two or "is left of" in answer or "is above" in answer
                 pairs += 1
     assert pairs > 20
+
+
+def test_where_it_is_and_what_it_is_agree():
+    """Guards against the position of another object: the caption of the same image has the two side by side."""
+    seen = 0
+    for i in range(200):
+        sample = marker_sample(generator_for("train", 5, i), SIZE)
+        answers = {turn.question: turn.answer for turn in sample.turns}
+        for marker in sample.markers:
+            where, what = answers.get(f"Where is the object {phrase(marker)}?"), answers.get(f"What is {phrase(marker)}?")
+            if where and what and "Describe the image." in answers:
+                noun = what.split(" ", 1)[1]
+                assert re.search(rf"(^|\. ){where}: an? (large )?{noun}\.", answers["Describe the image."])
+                seen += 1
+    assert seen > 10
+
+
+def test_a_marked_caption_says_the_marker_at_its_object():
+    """Guards against a marker said of another object, or of none."""
+    scene = example_scene()
+    star, ring = scene.objects[:2]
+    marked = [(ring, make_marker("ellipse", ring.box, scene.size, "blue")), (star, make_marker("rectangle", star.box, scene.size))]
+    said = caption(scene, marked)
+    assert said.startswith("top left: a large red star within the red rectangle. top right: a large blue ring within the blue ellipse. ")
+    assert said.replace(" within the red rectangle", "").replace(" within the blue ellipse", "") == caption(scene)
+    for i in range(60):
+        sample = marked_caption_sample(generator_for("train", 6, i), SIZE)
+        (turn,) = sample.turns
+        assert turn.question == "" and turn.image and 1 <= len(sample.markers) <= 3
+        assert all(turn.answer.count(f" {phrase(marker)}.") == 1 for marker in sample.markers)
 
 
 def test_no_marker_vanishes_in_its_object():
