@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -78,7 +79,7 @@ class Recipe:
 
     data: str  # sources and their shares, such as "markers=3,captions=1"
     steps: int
-    batch: int = 64  # samples a step
+    batch: int = 32  # samples a step; on a plateau more steps help more than larger ones
     lr: float = 1e-3  # the peak: linear warm-up, then a cosine to zero
     warmup: float = 0.03  # of the steps
     weight_decay: float = 0.0
@@ -99,11 +100,12 @@ class Recipe:
 
 
 RECIPES = {
-    "tiny-captions": Recipe("captions", steps=2500),
-    "tiny-markers": Recipe("markers=3,bold-markers=2,marked=2,bold-marked=1", steps=3400),
+    "tiny-captions": Recipe("captions", steps=5000),
+    "tiny-markers": Recipe("markers=2,bold-markers=3,marked=2,bold-marked=2", steps=10_000),
 }
 TINY_VISION = VisionConfig(image_size=112, patch_size=14, width=128, layers=7, heads=4, mlp=512)
 TINY_LAYERS = (-2, -3, -4, -5, 1)
+POOL = 8  # batches
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -140,9 +142,16 @@ def collate(rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def batches(data: Dataset, recipe: Recipe, first: int, workers: int) -> Iterator:
-    """The batches of steps first … recipe.steps - 1."""
-    indices = (range(step * recipe.batch, (step + 1) * recipe.batch) for step in range(first, recipe.steps))
-    return iter(DataLoader(data, batch_sampler=indices, collate_fn=collate, num_workers=workers))
+    """The batches of steps first … recipe.steps - 1. A pool of samples is sorted by length before it is cut into POOL
+    batches, which come in random order: so hardly anything of a batch is padding."""
+    pools = range(first // POOL, -(-recipe.steps // POOL))
+    indices = [range(p * POOL * recipe.batch, (p + 1) * POOL * recipe.batch) for p in pools]
+    loader = DataLoader(data, batch_sampler=indices, collate_fn=list, num_workers=workers)
+    for pool, rows in zip(pools, loader):
+        rows = sorted(rows, key=lambda row: len(row[0]))
+        for place, k in enumerate(np.random.default_rng([recipe.seed, pool]).permutation(POOL)):
+            if first <= pool * POOL + place < recipe.steps:
+                yield collate(rows[k * recipe.batch : (k + 1) * recipe.batch])
 
 
 # -- the loop ---------------------------------------------------------------------------------------------------------

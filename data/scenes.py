@@ -329,6 +329,10 @@ def marker_sample(generator, size=(224, 224), kinds=KINDS, n_markers=None, distr
     return Sample(render(scene), markers, turns)
 
 
+class NoMarkerError(ValueError):
+    """No marker of this kind can be seen on this object and told from the others."""
+
+
 def _marked_scene(generator, size, kinds, n_markers, distribution):
     """A scene, some of its objects, and their markers."""
     choice = generator.random()
@@ -337,7 +341,12 @@ def _marked_scene(generator, size, kinds, n_markers, distribution):
     if not 1 <= n_markers <= 6:
         raise ValueError(f"n_markers is {n_markers}; expected 1 to 6, the most objects of a scene")
     scene = sample_scene(generator, size, n=int(generator.integers(max(2, n_markers), 7)))
-    return scene, *sample_markers(generator, scene, n_markers, kinds, distribution)
+    for _ in range(20):  # other objects and kinds, where these leave no marker that can be seen and told apart
+        try:
+            return scene, *sample_markers(generator, scene, n_markers, kinds, distribution)
+        except NoMarkerError as error:
+            last = error
+    raise last
 
 
 def sample_markers(generator, scene, n, kinds=KINDS, distribution=RELEASED):
@@ -357,7 +366,7 @@ def sample_markers(generator, scene, n, kinds=KINDS, distribution=RELEASED):
             if named and _is_visible(marker, thing, scene) and all(_far(marker, r.color, UNLIKE) for r in rivals):
                 break
         else:
-            raise ValueError(f"no visible {kind} in 1000 tries that differs from {len(markers)} other markers")
+            raise NoMarkerError(f"no visible {kind} in 1000 tries that differs from {len(markers)} other markers")
         markers.append(marker)
     return tuple(things), tuple(markers)
 

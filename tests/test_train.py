@@ -74,6 +74,21 @@ def test_samples_depend_on_seed_and_index_only():
     assert not torch.equal(ahead[0][2], other[7][2])
 
 
+def test_batches_are_each_sample_once_of_like_length_and_the_same_after_a_resume():
+    """Guards against samples lost or repeated at a pool's end, against padding, and against another order after a stop."""
+    recipe = Recipe("markers", steps=train.POOL + 3, batch=4, side=64)
+    rows = [([1] * (1 + i * 37 % 50) + [i], [IGNORE] * (2 + i * 37 % 50), torch.zeros(1)) for i in range(2 * train.POOL * 4)]
+    whole = [ids for ids, _, _ in train.batches(rows, recipe, 0, 0)]
+    assert len(whole) == recipe.steps
+    seen = [int(row[row > 1].max()) if (row > 1).any() else 1 for ids in whole[: train.POOL] for row in ids]
+    assert len(set(seen)) >= train.POOL * 4 - 1  # sample 1 is marked by a 1, as its filling is
+    padding = sum((ids == 0).sum().item() for ids in whole[1:]) / sum(ids.numel() for ids in whole[1:])
+    assert padding < 0.15
+    for first in (1, train.POOL - 1, train.POOL + 1):
+        rest = [ids for ids, _, _ in train.batches(rows, recipe, first, 0)]
+        assert len(rest) == recipe.steps - first and all(torch.equal(a, b) for a, b in zip(rest, whole[first:]))
+
+
 def test_mix_is_drawn_in_its_shares():
     """Guards against shares that are read but not used. 400 draws of a 3:1 mix: five sigma is 0.11."""
     assert parse_mix("markers=3,captions=1") == (["markers", "captions"], [0.75, 1.0])
