@@ -10,7 +10,7 @@ one set, the module tree of vipllava.py:
     llama.…                 language_model.model.…              model.…
     llama.lm_head.…         language_model.lm_head.…            lm_head.…
 
-    model, tokenizer = load("7b")                    # a short name of NAMES, a name on the hub, or a folder
+    model, tokenizer = load("7b")                    # a short name, a name on the hub, or a folder: see hub.find
     model, tokenizer = load("mucai/vip-llava-13b")   # official layout; `clip` names a tower where none is inside
     model, tokenizer = load_parts("lmsys/vicuna-7b-v1.5", "openai/clip-vit-large-patch14-336", "mm_projector.bin")
     save(model, tokenizer, "runs/mine")              # Hugging Face's layout: transformers reads it, and `load`
@@ -19,19 +19,19 @@ one set, the module tree of vipllava.py:
 Loading is strict: a tensor that is missing, unexpected or of another shape is an error that names it. The model is
 built without memory (on the "meta" device); files are mapped, and tensor after tensor is converted and let go. Where
 nothing is to be converted the parameters *are* the mapped files, which must then stay as they are while the model
-lives (to rename another file over them, as `save` does, is fine).
+lives (to rename another file over them, as `save` does, is fine; Windows refuses it while the model lives).
 
 Pitfalls
   * The config of llava-hf/vip-llava-7b-hf speaks of one feature layer; its projector was made for five. So we count
     the projector's inputs.
   * A size that a config leaves out is the default of the transformers class, not of the model: see TEXT and VISION.
-  * Phi-3 stacks q, k and v in one matrix, and gate and up in another. Cut apart, it is a LLaMA.
+  * Phi-3 fuses q, k and v in one matrix, and gate and up in another. Cut apart, it is a LLaMA.
   * Hugging Face wants an embedding row for the image token, the official layout has none. `save` appends rows; none
     from image_token_id on is ever sampled.
   * Hugging Face's processor crops the centre of an image, and markers near the border vanish. clip.preprocess pads.
 """
 
-import json
+import math
 import os
 import pickle
 import re
@@ -50,20 +50,13 @@ from safetensors.torch import save_file
 
 from chat import TEMPLATES, stop_ids
 from clip import CLIP, MEAN, STD, TextConfig, VisionConfig
+from hub import find
 from llama import LlamaConfig
-from tokenizer import Tokenizer, clip_tokenizer, read_json
+from tokenizer import Tokenizer, clip_tokenizer, read_json, write_json
 from vipllava import Projector, ViPLLaVA, ViPLLaVAConfig
 
-NAMES = {
-    "7b": "llava-hf/vip-llava-7b-hf",
-    "13b": "llava-hf/vip-llava-13b-hf",
-    "llama3": "mucai/vip-llava-llama-3-8b",
-    "phi3": "mucai/vip-llava-phi-3-mini-3.8B",
-    "tiny": "tiny",  # comes with this code
-}
 DEFAULT_CLIP = "openai/clip-vit-large-patch14-336"
-WEIGHTS = Path(__file__).resolve().parent / "weights"  # tiny, and under its hub name what was downloaded by hand
-FIVE = (-2, -5, -8, -11, 6)  # the released models' feature layers
+FIVE = ViPLLaVAConfig.feature_layers  # the released models'
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
@@ -73,6 +66,7 @@ PREFIXES = {  # ours: theirs on the hub (which `save` writes), then any other; t
         "vision_tower.vision_model.",
         "vision_tower.",  # saved by transformers 5
         "model.vision_tower.",  # in memory there
+        "model.vision_tower.vision_model.",  # in memory in its last 4.x
         "model.vision_tower.vision_tower.vision_model.",  # official
         "vision_model.",  # CLIP
     ),
@@ -125,8 +119,8 @@ def hub_name(name: str) -> str:
     return PREFIXES[ours][0] + (_swap(rest, IN_CLIP.items()) if ours == "vision." else rest)
 
 
-def unstack(name: str, x: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """Phi-3's stacked matrices -> LLaMA's; any other tensor alone. Rows are cut: nothing is copied."""
+def split_fused(name: str, x: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """Phi-3's fused matrices -> LLaMA's; any other tensor alone. Rows are cut: nothing is copied."""
     if ".qkv_proj." in name:
         C = x.size(1)  # as many rows as columns are queries
         rows = [C, (x.size(0) - C) // 2, (x.size(0) - C) // 2]
@@ -150,7 +144,7 @@ class Part:
         """Our names -> the tensors in `file`, mapped, not yet read."""
         tensors = {}
         for theirs, mapped in open_file(file).items():
-            for name, x in unstack(rename(theirs), mapped):
+            for name, x in split_fused(rename(theirs), mapped):
                 if theirs.endswith(BUFFERS) or name.startswith(self.drop):
                     continue
                 if name in tensors:
@@ -169,6 +163,11 @@ class Part:
                 raise ValueError(f"{file} holds {min(twice)}, which another file holds too")
             shapes |= {name: tuple(x.shape) for name, x in tensors.items()}
         return shapes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first tensor, and in a checkpoint of one piece of all."""
+        return next(x.dtype for file in self.files for x in self.open(file).values())
 
     def read(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor as `dtype` on `device`.
@@ -248,7 +247,7 @@ def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=()) -> nn.Mod
         raise ValueError(f"the weights in {parts[0].files[0].parent} don't fit: {'; '.join(wrong[:4])}{more}")
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or default_dtype(device, sum(p.numel() for p in model.parameters()))
+    dtype = dtype or default_dtype(device, sum(p.numel() for p in model.parameters()), parts[0].dtype)
     tensors = {name: x.to(device, dtype) for name, x in fresh.items()}
     reading = (pair for part in parts for pair in part.read(device, dtype))
     tensors.update(_with_bar(reading, len(found) - len(fresh)))
@@ -265,14 +264,15 @@ def _with_bar(pairs: Iterator, total: int) -> Iterator:
     return tqdm(pairs, "weights", total, leave=False)
 
 
-def default_dtype(device: torch.device, parameters: int) -> torch.dtype:
-    """bfloat16 on an accelerator; on a CPU float32, which is faster there, unless it exceeds the free memory."""
+def default_dtype(device: torch.device, parameters: int, stored: torch.dtype) -> torch.dtype:
+    """On an accelerator the 16 bits in which the weights are stored, else bfloat16; on a CPU float32, which is faster
+    there, unless it exceeds the free memory."""
     if device.type != "cpu":
-        return torch.bfloat16
+        return stored if stored.itemsize == 2 else torch.bfloat16
     try:
         free = 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
-    except (OSError, TypeError):  # not Linux: count all of the memory
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")
+    except (OSError, TypeError):  # not Linux: count all of the memory, or what most computers have at least
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8e9
     return torch.float32 if 1.15 * 4 * parameters < free else torch.bfloat16
 
 
@@ -302,7 +302,22 @@ OFFICIAL = ("llava", "llava_llama", "llava_phi3")  # model_type of the whole, in
 def _sizes(config: dict, table: dict, act: str) -> dict:
     if (given := config.get("hidden_act", act)) != act:
         raise ValueError(f"the config says hidden_act {given!r}; only {act!r} is known here")
-    return {ours: default if config.get(key) is None else config[key] for ours, (key, default) in table.items()}
+    return {ours: _positive(config, key, default, whole=ours != "eps") for ours, (key, default) in table.items()}
+
+
+def _positive(config: dict, key: str, default: float | None, whole: bool):
+    value = default if config.get(key) is None else config[key]
+    kind = int if whole else (int, float)
+    if value is not None and (not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf):
+        raise ValueError(f"the config says {key} {value!r}; expected a {'whole ' * whole}number above 0")
+    return value
+
+
+def _object(config: dict, key: str, default: dict | None) -> dict | None:
+    value = default if config.get(key) is None else config[key]
+    if not isinstance(value, dict | None):
+        raise ValueError(f"the config says {key} {value!r}; expected an object")
+    return value
 
 
 def vision_config(config: dict | None) -> VisionConfig:
@@ -318,7 +333,7 @@ def text_config(config: dict, rows: int) -> LlamaConfig:
     if kind in OTHERS and (silent := [key for key, _ in TEXT.values() if key not in config]):
         raise ValueError(f"the config of the language model, a {kind}, lacks {', '.join(silent)}")
     sizes = _sizes(config, TEXT, "silu")
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope = {**_object(config, "rope_scaling", {}), **_object(config, "rope_parameters", {})}
     head_width = sizes["width"] // sizes["heads"]
     known = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1, "head_dim": head_width}
     for key, only in known.items():
@@ -326,18 +341,20 @@ def text_config(config: dict, rows: int) -> LlamaConfig:
             raise ValueError(f"the config of the language model says {key} {given!r}; only {only!r} is known here")
     sizes["vocab_size"] = sizes["vocab_size"] or rows
     sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
-    theta = config.get("rope_theta") or rope.get("rope_theta") or 10_000
-    window = config.get("sliding_window") if kind in OTHERS else None
+    theta = _positive(config, "rope_theta", _positive(rope, "rope_theta", 10_000, whole=False), whole=False)
+    window = _positive(config, "sliding_window", None, whole=True) if kind in OTHERS else None
     return LlamaConfig(**sizes, rope_theta=float(theta), window=window)
 
 
 def feature_layers(config: dict, inputs: int, width: int) -> tuple[int, ...]:
     """The layers of a tower `width` wide that a projector with so many inputs was made for."""
     for key in ("vision_feature_layers", "vision_feature_layer"):  # both are about, each for one and for many
-        given = config.get(key)
-        given = (given,) if isinstance(given, int) else tuple(given or ())
-        if len(given) * width == inputs:
-            return given
+        given = [] if config.get(key) is None else config[key]
+        layers = given if isinstance(given, list) else [given]
+        if not all(type(layer) is int for layer in layers):
+            raise ValueError(f"the config says {key} {given!r}; expected whole numbers")
+        if len(layers) * width == inputs:
+            return tuple(layers)
     if len(FIVE) * width == inputs:
         return FIVE
     raise ValueError(
@@ -360,8 +377,8 @@ def join_configs(config: dict, text: LlamaConfig, vision: VisionConfig, inputs: 
         vision=vision,
         text=text,
         feature_layers=feature_layers(config, inputs, vision.width),
-        projector_eps=config.get("projector_layernorm_eps", 1e-5),
-        image_token_id=config.get("image_token_index", config.get("image_token_id", free)),
+        projector_eps=_positive(config, "projector_layernorm_eps", 1e-5, whole=False),
+        image_token_id=_positive(config, "image_token_index", _positive(config, "image_token_id", free, True), True),
         template=template,
     )
 
@@ -384,13 +401,14 @@ def load(path_or_name, device=None, dtype: torch.dtype | None = None, clip=None)
             f"{folder}/config.json says model_type {kind!r}, mm_vision_tower {tower!r}; expected vipllava, or "
             f"{', '.join(OFFICIAL)} with clip_4layers_336"
         )
-    parts, vision = [Part(weight_files(folder), drop=("vision.",) if clip else ())], config.get("vision_config")
+    parts = [Part(weight_files(folder), drop=("vision.",) if clip else ())]
+    vision = _object(config, "vision_config", None)
     if official and not clip and not any(name.startswith("vision.") for name in parts[0].shapes):
         clip = DEFAULT_CLIP
     if clip:
         part, vision = _tower(clip)
         parts.append(part)
-    text = config if official else config.get("text_config") or {}
+    text = config if official else _object(config, "text_config", {})
     return _assemble(config, text, vision, parts, Tokenizer.load(folder), device, dtype)
 
 
@@ -404,7 +422,7 @@ def load_parts(llm, clip=DEFAULT_CLIP, projector=None, device=None, dtype: torch
     part, vision = _tower(clip)
     parts = [Part(weight_files(folder)), part]
     if projector is not None:
-        file = Path(projector).expanduser()
+        file = Path(os.path.expanduser(projector))
         parts.append(Part((file if file.is_file() else find(projector) / "mm_projector.bin",)))
     text = read_json(folder / "config.json")
     return _assemble({}, text, vision, parts, Tokenizer.load(folder), device, dtype, fresh=projector is None)
@@ -416,7 +434,7 @@ def _tower(clip) -> tuple[Part, dict]:
     config = read_json(folder / "config.json")
     if config.get("model_type") != "clip":
         raise ValueError(f"{folder}/config.json says model_type {config.get('model_type')!r}; expected 'clip'")
-    return Part(weight_files(folder), drop=CLIP_REST), config.get("vision_config", {})
+    return Part(weight_files(folder), drop=CLIP_REST), _object(config, "vision_config", {})
 
 
 def _assemble(config, text, vision, parts, tokenizer, device, dtype, fresh=False) -> tuple[ViPLLaVA, Tokenizer]:
@@ -447,10 +465,7 @@ def save(model: ViPLLaVA, tokenizer: Tokenizer, folder, shard_bytes: float = 5e9
     and till the last has come config.json says so: a model is whole, or it doesn't load. A model that `save` wrote is
     replaced, other files stay. Raises ValueError, before anything is written, where another model would be lost.
     """
-    folder = Path(folder).resolve()
-    if folder.is_dir() and any(WRITTEN.fullmatch(item.name) for item in folder.iterdir()):
-        if "template" not in (read_json(folder / "config.json") if (folder / "config.json").is_file() else {}):
-            raise ValueError(f"{folder} holds a model that was not saved from here; expected another folder")
+    folder = check_target(folder)
     beside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(beside, ignore_errors=True)  # of a save that was killed
     beside.mkdir(parents=True)
@@ -463,12 +478,21 @@ def save(model: ViPLLaVA, tokenizer: Tokenizer, folder, shard_bytes: float = 5e9
     _publish(beside, folder)
 
 
+def check_target(folder) -> Path:
+    """The folder, if `save` may write there. ValueError: another model would be lost."""
+    folder = Path(folder).resolve()
+    if folder.is_dir() and any(WRITTEN.fullmatch(item.name) for item in folder.iterdir()):
+        if "template" not in (read_json(folder / "config.json") if (folder / "config.json").is_file() else {}):
+            raise ValueError(f"{folder} holds a model that was not saved from here; expected another folder")
+    return folder
+
+
 def _publish(beside: Path, folder: Path) -> None:
     """Put what lies `beside` into `folder`."""
     if not folder.exists():
         beside.rename(folder)
         return
-    _write_json(beside / "half.json", {"model_type": f"half a vipllava: the rest is in {beside}", "template": None})
+    write_json(beside / "half.json", {"model_type": f"half a vipllava: the rest is in {beside}", "template": None})
     (beside / "half.json").replace(folder / "config.json")
     new = {item.name for item in beside.iterdir()}
     for item in folder.iterdir():
@@ -505,7 +529,7 @@ def _write_weights(model: ViPLLaVA, folder: Path, shard_bytes: float) -> None:
         total += sum(x.nbytes for x in tensors.values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_configs(model: ViPLLaVA, tokenizer: Tokenizer, folder: Path) -> None:
@@ -514,18 +538,18 @@ def _write_configs(model: ViPLLaVA, tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(folder, {"<image>": c.image_token_id, "<pad>": pad})
     ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": pad}
     dtype = str(model.llama.embed_tokens.weight.dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", {**config_json(c, rows), **ends, "torch_dtype": dtype})
+    write_json(folder / "config.json", {**config_json(c, rows), **ends, "torch_dtype": dtype})
     ends["eos_token_id"] = sorted(stop_ids(tokenizer, c.template))
     silent = list(range(c.image_token_id, rows))  # transformers shall not sample untrained rows either
-    _write_json(folder / "generation_config.json", {**ends, "suppress_tokens": silent})
+    write_json(folder / "generation_config.json", {**ends, "suppress_tokens": silent})
     image = {"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": 3}
     image |= {"size": {"shortest_edge": S}, "do_center_crop": True, "crop_size": {"height": S, "width": S}}
     image |= {"do_rescale": True, "rescale_factor": 1 / 255}
     image |= {"do_normalize": True, "image_mean": MEAN, "image_std": STD}
-    _write_json(folder / "preprocessor_config.json", image)
+    write_json(folder / "preprocessor_config.json", image)
     words = {"processor_class": "LlavaProcessor", "patch_size": c.vision.patch_size, "image_token": "<image>"}
     words |= {"num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}  # the class token
-    _write_json(folder / "processor_config.json", words)
+    write_json(folder / "processor_config.json", words)
 
 
 def config_json(c: ViPLLaVAConfig, rows: int) -> dict:
@@ -553,51 +577,6 @@ def config_json(c: ViPLLaVAConfig, rows: int) -> dict:
     }
 
 
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-# -- where a model lies ----------------------------------------------------------------------------------------------
-
-
-def find(path_or_name: str | Path) -> Path:
-    """The folder of a model: a short name of NAMES, a folder, or a hub name, found in WEIGHTS or else downloaded."""
-    name = str(path_or_name)
-    if name and name not in NAMES and Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    repo = NAMES.get(name, name)
-    local = WEIGHTS / repo
-    if name == "tiny" and not local.is_dir():
-        raise FileNotFoundError(f"the model tiny should lie in {local}, which is not there")
-    if name != "tiny" and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
-        choices = f"a folder, a short name ({', '.join(NAMES)}) or a hub name such as {NAMES['7b']}"
-        raise FileNotFoundError(f"no model {name!r} here; expected {choices}")
-    return local if local.is_dir() else download(repo, local)
-
-
-def download(repo: str, by_hand: Path) -> Path:
-    """Fetch configs, tokenizer and weights from the hub into its cache, with a progress bar."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    small = ["*.json", "*.model", "merges.txt"]
-    try:  # weights as safetensors if there are any; never both kinds, never code
-        folder = Path(snapshot_download(repo, allow_patterns=["*.safetensors", *small], ignore_patterns="*/*"))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repo, allow_patterns=["*.bin", *small], ignore_patterns="*/*"))
-        return folder
-    except RepositoryNotFoundError:
-        raise FileNotFoundError(
-            f"no folder {repo} here, and the Hugging Face hub shows no such model (misspelled, or not open to all?)"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise FileNotFoundError(
-            f"{repo} can't be downloaded ({reason}); by hand: put the .json, tokenizer and .safetensors (or else "
-            f".bin) files of https://huggingface.co/{repo}/tree/main into {by_hand}"
-        ) from None
-
-
 # -- CLIP by itself --------------------------------------------------------------------------------------------------
 
 
@@ -607,7 +586,8 @@ def load_clip(path_or_name: str | Path, device=None, dtype: torch.dtype | None =
     config = read_json(folder / "config.json")
     if config.get("model_type") != "clip":
         raise ValueError(f"{folder / 'config.json'} says model_type {config.get('model_type')!r}; expected clip")
-    text = TextConfig(**_sizes(config.get("text_config", {}), CLIP_TEXT, "quick_gelu"))
+    text = TextConfig(**_sizes(_object(config, "text_config", {}), CLIP_TEXT, "quick_gelu"))
     with torch.device("meta"):
-        model = CLIP(vision_config(config.get("vision_config", {})), text, config.get("projection_dim", 512))
+        projection = _positive(config, "projection_dim", 512, whole=True)
+        model = CLIP(vision_config(_object(config, "vision_config", {})), text, projection)
     return fill(model, [Part(weight_files(folder))], device, dtype), clip_tokenizer(folder, text.context)

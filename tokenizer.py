@@ -19,7 +19,7 @@ Pitfalls
 import codecs
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -28,10 +28,10 @@ from tokenizers import Regex, Tokenizer as BPETokenizer, models, normalizers, pr
 BYTES = {f"<0x{value:02X}>": bytes([value]) for value in range(256)}        # pieces for what has no piece
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Files of tokenizers. All become the content of a tokenizer.json: {"model": {"vocab": …, "merges": …}, …}
+# -- files of tokenizers ---------------------------------------------------------------------------------------------
+# All become the content of a tokenizer.json: {"model": {"vocab": …, "merges": …}, …}
 
-def read_sentencepiece(path):
+def read_sentencepiece(path: str | Path) -> tuple[dict, dict]:
     """A sentencepiece tokenizer.model as the contents of a tokenizer.json and a tokenizer_config.json.
 
     The file has scores and no merges: of all neighbours that join to a piece, those of the highest score join first,
@@ -177,7 +177,7 @@ def _token_bytes(vocab, marks_spaces):
     return {i: bytes(value[letter] for letter in piece) for piece, i in vocab.items()}
 
 
-def read_json(path):
+def read_json(path: Path) -> dict:
     """The object in a JSON file. FileNotFoundError: there is no such file; ValueError: it holds something else."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
@@ -190,15 +190,14 @@ def read_json(path):
     return content
 
 
-def _write_json(path, content):
+def write_json(path: Path, content: dict) -> None:
     """Written beside and renamed, so that nobody reads half a file."""
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     beside.replace(path)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Text ↔ ids
+# -- text ↔ ids ------------------------------------------------------------------------------------------------------
 
 class Stream:
     """Text as its tokens come: `push` returns what is certain, `flush` the rest; joined, they are the decoded text.
@@ -212,7 +211,7 @@ class Stream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held, self._at_start = "", True
 
-    def push(self, i):
+    def push(self, i: int) -> str:
         """The text that token id `i` makes certain, maybe none. ValueError: the tokenizer has no such id."""
         piece = self.tokenizer.token_bytes(i, self._at_start)
         if piece is None:                                      # a special token
@@ -220,7 +219,7 @@ class Stream:
         self._at_start = False
         return self._release(self._utf8.decode(piece))
 
-    def flush(self):
+    def flush(self) -> str:
         """The text that was held back, half a character as U+FFFD. Call once, at the end."""
         text = self._release(self._utf8.decode(b"", final=True)) + self._held
         self._held = ""
@@ -279,19 +278,19 @@ class Tokenizer:
         except Exception as error:                             # the tokenizers package raises nothing more precise
             raise ValueError(f"{source}: {error}") from None
 
-    def encode(self, text, prefix=True):
+    def encode(self, text: str, prefix: bool = True) -> list[int]:
         """Ids of a text: no BOS, no special tokens, whatever it says. `prefix`: with LLaMA's dummy prefix."""
         text.encode("utf-8")                                   # a lone surrogate is refused here: a ValueError
         if self.marks_spaces:
             text = (" " + text if text and prefix and self.prefix else text).replace(" ", "▁")
         return self._bpe.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """Text of ids: without special tokens, without the dummy prefix, with U+FFFD for bytes that are not UTF-8."""
         stream = Stream(self)
         return "".join([stream.push(i) for i in ids]) + stream.flush()
 
-    def token_bytes(self, i, at_start=False):
+    def token_bytes(self, i: int, at_start: bool = False) -> bytes:
         """The bytes of token `i`, None if it is special; `at_start` of a text, they are without the dummy prefix."""
         if i in self._special_ids:
             return None
@@ -300,7 +299,7 @@ class Tokenizer:
         piece = self._bytes[i]
         return piece[1:] if at_start and self.prefix and i != self._space_byte and piece.startswith(b" ") else piece
 
-    def special(self, name):
+    def special(self, name: str) -> int:
         """The id of the special token `name`, or of "bos" and "eos". ValueError: there is none."""
         ids = {**self.specials, "bos": self.bos, "eos": self.eos}
         if name not in ids:
@@ -308,7 +307,7 @@ class Tokenizer:
         return ids[name]
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | Path) -> "Tokenizer":
         """From a tokenizer.json, from sentencepiece's tokenizer.model, or from a folder: the first of them it has.
 
         FileNotFoundError: there is none. ValueError: it is damaged, or of a kind that is not supported.
@@ -327,7 +326,7 @@ class Tokenizer:
         return cls(read_json(path), read_json(config) if config.is_file() else None, source=path)
 
     @classmethod
-    def train(cls, texts, vocab_size):
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """A tokenizer of LLaMA's kind, learned from texts (an iterable): `vocab_size` pieces, fewer if words run out.
 
         Ids: 0 <unk>, 1 <s>, 2 </s>, 3 … 258 the bytes, then the characters of the texts, then what merges. A piece
@@ -344,7 +343,7 @@ class Tokenizer:
             raise ValueError(f"vocab_size {vocab_size}: the bytes and characters alone are {len(model['vocab'])}")
         return cls(_llama_json(model["vocab"], model["merges"], {name: i for i, name in enumerate(names[:3])}))
 
-    def save(self, folder, extra=None):
+    def save(self, folder: str | Path, extra: dict[str, int] | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json into `folder`, as transformers' AutoTokenizer reads them.
 
         extra: name -> id of more special tokens, such as {"<image>": 32000, "<pad>": 32001}; transformers wants the
@@ -365,12 +364,11 @@ class Tokenizer:
         spec["post_processor"] = spec.get("post_processor") or _begin_with(names[self.bos], self.bos)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "tokenizer.json", spec)
-        _write_json(folder / "tokenizer_config.json", config)
+        write_json(folder / "tokenizer.json", spec)
+        write_json(folder / "tokenizer_config.json", config)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# CLIP's
+# -- CLIP's ----------------------------------------------------------------------------------------------------------
 
 def clip_tokenizer(folder: Path, context: int) -> Callable[[list[str]], torch.Tensor]:
     """CLIP's byte-pair encoding: lower case, words and signs apart, "</w>" at the end of each."""

@@ -1,7 +1,7 @@
 """Compares checkpoint.py with transformers: the same weights must answer the same. Not run by pytest.
 
     pip install transformers torch tokenizers safetensors pillow
-    python tests/golden_checkpoint.py    # prints the largest relative error of each comparison, fails above 2e-6
+    python tests/compare_transformers.py    # prints the largest relative error of each comparison, fails above 2e-6
 
 All models are random, small, of pairwise different dimensions, and made here: nothing is downloaded. An error of 0 is
 no accident: both call the same PyTorch kernels in the same order. That the comparison can fail is checked each time.
