@@ -32,8 +32,10 @@ import torch
 from PIL import Image, ImageOps
 
 import checkpoint
+import hub
 from chat import IMAGE, TEMPLATES, Turn, encode_chat, stop_ids
 from clip import open_image, preprocess
+from commandline import Parser, check_device, complain, run
 from overlay import COLORS, Marker, Region, draw, make_marker, phrase, rgb_of
 from tokenizer import Stream, Tokenizer
 from vipllava import expand
@@ -61,7 +63,6 @@ def _speak(tokens: Iterator[list[int]], stream: Stream) -> Iterator[tuple[int | 
 # -- markers: what a person typed -> what is drawn -------------------------------------------------------------------
 
 LINE = ("color", "width", "alpha")
-EVEN = range(0, 10**6, 2)
 POLYGON = "x0,y0,x1,y1,x2,y2,… (a polygon) or a PNG file (every pixel that is not 0)"
 FLAGS = {  # flag: overlay's kind, what its value looks like, how many numbers that may be, its options
     "rectangle": ("rectangle", "x0,y0,x1,y1", [4], LINE),
@@ -69,9 +70,9 @@ FLAGS = {  # flag: overlay's kind, what its value looks like, how many numbers t
     "arrow": ("arrow", "x,y (tip) or x0,y0,x1,y1 (tail, tip)", [2, 4], (*LINE, "head")),
     "point": ("point", "x,y", [2], ("color", "radius", "alpha")),
     "triangle": ("triangle", "x0,y0,x1,y1 (the box around it) or x0,y0,x1,y1,x2,y2", [4, 6], LINE),
-    "scribble": ("scribble", "x0,y0,x1,y1,… (2 or more points)", EVEN[2:], LINE),
-    "mask": ("mask", POLYGON, EVEN[3:], ("color", "alpha")),
-    "contour": ("mask contour", POLYGON, EVEN[3:], LINE),
+    "scribble": ("scribble", "x0,y0,x1,y1,… (2 or more points)", range(4, 10**6, 2), LINE),
+    "mask": ("mask", POLYGON, range(6, 10**6, 2), ("color", "alpha")),
+    "contour": ("mask contour", POLYGON, range(6, 10**6, 2), LINE),
 }
 
 
@@ -116,14 +117,14 @@ def parse_marker(flag: str, text: str) -> tuple[list[float] | str, dict]:
     for option in options.split(",") if options else ():
         name, _, value = option.partition("=")
         if name not in names:
-            raise ValueError(f"unknown option {_short(option)}, expected {'=… or '.join(names)}=…")
+            raise ValueError(f"unknown option {_short(option)}; expected {'=… or '.join(names)}=…")
         read, right, keyword = OPTIONS[name]
         if keyword in style:
-            raise ValueError(f"{name} is given twice, expected it once")
+            raise ValueError(f"{name} is given twice; expected it once")
         try:
             style[keyword] = read(value)
         except (ValueError, KeyError):
-            raise ValueError(f"{name} is {value!r}, expected {right}") from None
+            raise ValueError(f"{name} is {value!r}; expected {right}") from None
     return geometry, style
 
 
@@ -134,10 +135,10 @@ def place(flag: str, text: str, image: Image.Image) -> Marker:
         geometry, style = parse_marker(flag, text)
         for name in ("width", "radius"):
             if style.get(name, 0) > (side := max(image.size)):
-                raise ValueError(f"{name} is {style[name]}, expected at most the image's longer side, {side}")
+                raise ValueError(f"{name} is {style[name]}; expected at most the image's longer side, {side}")
         if isinstance(geometry, str):
             if not os.path.isfile(geometry):
-                raise ValueError(f"no such file, expected {FLAGS[flag][1]}")
+                raise ValueError(f"no such file; expected {FLAGS[flag][1]}")
             geometry = read_mask(geometry)
         elif "mask" in kind:
             geometry = [geometry]  # one polygon
@@ -166,17 +167,17 @@ def fill_in(question: str | None, markers: list[Marker]) -> str:
     if question is None and markers:
         question = "What is {1}?"
     if not (question or "").strip():
-        raise ValueError("there is no question, expected one in quotes, or a marker to ask about, as --arrow 40,60")
+        raise ValueError("there is no question; expected one in quotes, or a marker to ask about, as --arrow 40,60")
     try:
         question.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the question has {question[error.start]!r}, half a character, expected Unicode") from None
+        raise ValueError(f"the question has {question[error.start]!r}, half a character; expected Unicode") from None
 
     def words(match):
         number = int(match[1])
         if not 1 <= number <= len(markers):
             known = " or ".join(f"{{{i}}}" for i in range(1, len(markers) + 1)) or "none, as there is no marker"
-            raise ValueError(f"the question mentions marker {match[0]}, expected {known}")
+            raise ValueError(f"the question mentions marker {match[0]}; expected {known}")
         return phrase(markers[number - 1])
 
     return re.sub(r"\{([0-9]+)\}", words, question)
@@ -251,12 +252,12 @@ def check_show(path: Path, source: Path) -> Path:
     """`path`, if the marked image of `source` can be written there."""
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"can't save an image as {str(path)!r}, expected a name that ends in {', '.join(suffixes)}")
+        raise ValueError(f"can't save an image as {str(path)!r}; expected a name that ends in {', '.join(suffixes)}")
     if not path.parent.is_dir():
-        raise ValueError(f"can't save {path}, as there is no folder {path.parent}, expected one that exists")
+        raise ValueError(f"can't save {path}, as there is no folder {path.parent}; expected one that exists")
     if path.is_dir() or path.exists() and path.samefile(source):
         what = "a folder" if path.is_dir() else "the original"
-        raise ValueError(f"can't save {path}, which is {what}, expected another name")
+        raise ValueError(f"can't save {path}, which is {what}; expected another name")
     return path
 
 
@@ -319,7 +320,7 @@ class Chat:
             return f"{{{len(self.markers)}}} is {phrase(self.markers[-1])}"
         if name == "undo":
             if not self.markers:
-                raise ValueError("there is no marker, expected one before /undo")
+                raise ValueError("there is no marker; expected one before /undo")
             *self.markers, last = self.markers
             return f"removed what was {phrase(last)}"
         if name == "show":
@@ -333,7 +334,7 @@ class Chat:
             return f"a new conversation about {self.path}, {size}, with {len(self.markers)} markers"
         if name == "help":
             return inspect.cleandoc(self.__doc__).split("\n\n")[1].format(kinds=" /".join(FLAGS))
-        raise ValueError(f"unknown command /{name}, expected a question, a marker (/{', /'.join(FLAGS)}), /undo, "
+        raise ValueError(f"unknown command /{name}; expected a question, a marker (/{', /'.join(FLAGS)}), /undo, "
                          "/show, /new, /image, /help or /quit")  # fmt: skip
 
 
@@ -342,18 +343,13 @@ class Chat:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
-
-
 class Once(argparse.Action):
     """A flag that may be given once: of two values, none is dropped unsaid."""
 
     def __call__(self, parser, namespace, value, flag):
         given = vars(namespace).setdefault("given", set())
         if flag in given:
-            parser.error(f"{flag} is given twice, expected it once")
+            parser.error(f"{flag} is given twice; expected it once")
         given.add(flag)
         setattr(namespace, self.dest, value)
 
@@ -369,7 +365,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     for flag, (_, form, _, options) in FLAGS.items():
         group.add_argument(f"--{flag}", dest="markers", action="append", type=lambda text, flag=flag: (flag, text),
                            default=[], metavar="…", help=f"{form}; {', '.join(options)}")  # fmt: skip
-    one("--model", default="tiny", help=f"{', '.join(checkpoint.NAMES)}, a hub name or a folder (default: tiny)")
+    one("--model", default="tiny", help=f"{', '.join(hub.NAMES)}, a hub name or a folder (default: tiny)")
     one("--show", type=Path, metavar="FILE", help="save the marked image here")
     switch("--chat", help="go on asking, a line a question; /help lists the commands")
     switch("--json", help="print one object: prompt, ids (-200 is the image), answer, seconds, tokens per second")
@@ -382,7 +378,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     switch("--compile", help="torch.compile the decoding: a slow start, which --json counts as loading, then faster")
     args, unknown = parser.parse_known_args(_attach_negatives(argv))
     if flags := [text for text in unknown if text.startswith("-")]:
-        parser.error(f"unknown flag {flags[0]}, expected --image, --{', --'.join(FLAGS)} or what else --help lists")
+        parser.error(f"unknown flag {flags[0]}; expected --image, --{', --'.join(FLAGS)} or what else --help lists")
     args.question += unknown
     return args
 
@@ -401,10 +397,10 @@ def _attach_negatives(argv: list[str]) -> list[str]:
 def check(args: argparse.Namespace) -> None:
     """What can be told before a file is read. ValueError."""
     if args.image is None:
-        raise ValueError("there is no image, expected --image and its file")
+        raise ValueError("there is no image; expected --image and its file")
     if len(args.question) > 1:
         first, second = map(_short, args.question[:2])
-        raise ValueError(f"more than one question, {first} and {second}, expected one, in quotes")
+        raise ValueError(f"more than one question, {first} and {second}; expected one, in quotes")
     for flag, right, fine in (
         ("temperature", "a number, 0 or more", lambda value: 0 <= value < math.inf),
         ("top-p", "more than 0, at most 1", lambda value: 0 < value <= 1),
@@ -413,21 +409,16 @@ def check(args: argparse.Namespace) -> None:
     ):
         value = getattr(args, flag.replace("-", "_"))
         if not fine(value):
-            raise ValueError(f"--{flag} is {value}, expected {right}")
+            raise ValueError(f"--{flag} is {value}; expected {right}")
     if args.chat and (args.json or args.show):
         other = "--json" if args.json else "--show (which a chat has as a command)"
-        raise ValueError(f"--chat came with {other}, expected one of them")
-    try:
-        if torch.empty(0, device=args.device).device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
-    except (RuntimeError, AssertionError):  # the latter where PyTorch was built without CUDA
-        here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        choices = " or ".join(name for name, there in here.items() if there)
-        raise ValueError(f"there is no device {args.device!r} here, expected {choices}") from None
+        raise ValueError(f"--chat came with {other}; expected one of them")
 
 
-def run(args: argparse.Namespace) -> None:
+def main(argv: list[str]) -> None:
+    args = arguments(argv)
     check(args)
+    device = check_device(args.device)
     image = open_image(args.image)
     markers = [place(flag, text, image) for flag, text in args.markers]
     question = args.question[0] if args.question else None
@@ -438,14 +429,13 @@ def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    model, tokenizer = checkpoint.load(args.model, args.device, DTYPES.get(args.dtype))
+    model, tokenizer = checkpoint.load(args.model, device, DTYPES.get(args.dtype))
     opening = turns or [Turn("", image=True)]
     _, limit = fit(model, tokenizer, opening, args.max_new_tokens)
     if args.compile:
         compile_decoding(model, tokenizer, image, opening, limit)
     load = time.perf_counter() - began
 
-    device = model.llama.embed_tokens.weight.device
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens,
                 "generator": torch.Generator(device).manual_seed(args.seed)}  # fmt: skip
     say = functools.partial(answer, model, tokenizer, echo=not args.json, **sampling)
@@ -466,30 +456,14 @@ def compile_decoding(model, tokenizer, image: Image.Image, turns: list[Turn], li
     model.llama.decode = torch.compile(model.llama.decode)
     try:
         list(itertools.islice(ask(model, tokenizer, image, [], turns, max_new_tokens=limit), 2))
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         kind = type(error).__name__
-        raise ValueError(f"--compile failed ({kind}), expected a C++ compiler; on a GPU, Triton") from None
-
-
-def complain(error: Exception) -> None:
-    """One line, whatever bytes a file's name has."""
-    line = f"error: {' '.join(str(error).split())}"
-    print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0, 2 after a mistake, 130 after Ctrl-C."""
-    try:
-        run(arguments(sys.argv[1:] if argv is None else argv))
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        complain(error)
-        return 2
-    return 0
+        raise ValueError(f"--compile failed ({kind}); expected a C++ compiler, on a GPU Triton") from None
 
 
 if __name__ == "__main__":
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
-    sys.exit(main())
+    sys.exit(run(main))

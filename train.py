@@ -23,6 +23,7 @@ import functools
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import time
@@ -38,6 +39,7 @@ import checkpoint
 import llama
 from chat import HUMAN, encode_chat
 from clip import VisionConfig, preprocess
+from commandline import Parser, check_device, run
 from data import scenes
 from evals.scenes import evaluate
 from overlay import draw
@@ -49,7 +51,8 @@ SOURCES = {
     "captions": scenes.caption_sample,
     "markers": scenes.marker_sample,
     "marked": scenes.marked_caption_sample,
-    "bold-markers": functools.partial(scenes.marker_sample, distribution=scenes.BOLD),  # wider strokes, easier to begin with
+    # wider strokes, easier to begin with
+    "bold-markers": functools.partial(scenes.marker_sample, distribution=scenes.BOLD),
     "bold-marked": functools.partial(scenes.marked_caption_sample, distribution=scenes.BOLD),
 }
 
@@ -60,7 +63,7 @@ def parse_mix(text: str) -> tuple[list[str], list[float]]:
     for part in text.split(","):
         name, _, share = part.partition("=")
         if name not in SOURCES:
-            raise ValueError(f"unknown data source {name!r}; expected {', '.join(SOURCES)}, such as markers=3,captions=1")
+            raise ValueError(f"unknown data source {name!r}; expected {', '.join(SOURCES)}, as in markers=3,captions=1")
         try:
             shares[name] = float(share or 1)
         except ValueError:
@@ -83,7 +86,7 @@ class Recipe:
     lr: float = 1e-3  # the peak: linear warm-up, then a cosine to zero
     warmup: float = 0.03  # of the steps
     weight_decay: float = 0.0
-    clip: float = 1.0  # largest gradient norm
+    grad_clip: float = 1.0  # largest norm of the gradient
     side: int = 224  # of a scene, in pixels
     seed: int = 0
 
@@ -92,7 +95,7 @@ class Recipe:
         for name, low in (("steps", 1), ("batch", 1), ("side", 32), ("seed", 0), ("weight_decay", 0)):
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {low} or more")
-        for name in ("lr", "clip"):
+        for name in ("lr", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
         if not 0 <= self.warmup <= 1:
@@ -103,12 +106,15 @@ RECIPES = {
     "tiny-captions": Recipe("captions", steps=5000),
     "tiny-markers": Recipe("markers=2,bold-markers=3,marked=2,bold-marked=2", steps=10_000),
 }
-TINY_VISION = VisionConfig(image_size=112, patch_size=14, width=128, layers=7, heads=4, mlp=512)
-TINY_LAYERS = (-2, -3, -4, -5, 1)
+TINY = ViPLLaVAConfig(
+    vision=VisionConfig(image_size=112, patch_size=14, width=128, layers=7, heads=4, mlp=512),
+    text=llama.SIZES["tiny"],
+    feature_layers=(-2, -3, -4, -5, 1),
+)
 POOL = 8  # batches
 
 
-# -- data -------------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------------------------
 
 
 class Scenes(Dataset):
@@ -130,7 +136,7 @@ def encode(sample: scenes.Sample, tokenizer: Tokenizer, config: ViPLLaVAConfig):
     template = config.template if sample.turns[0].question else "plain"
     ids, trained = encode_chat(tokenizer, template, sample.turns)
     labels = [i if t else IGNORE for i, t in zip(ids, trained)]
-    labels = [out for i, l in zip(ids, labels) for out in [l] * len(expand([i], config.vision.patches))]
+    labels = [label for i, label in zip(ids, labels) for _ in expand([i], config.vision.patches)]
     pixels = preprocess(draw(sample.image, sample.markers), config.vision.image_size)
     return expand(ids, config.vision.patches), labels, pixels
 
@@ -154,7 +160,7 @@ def batches(data: Dataset, recipe: Recipe, first: int, workers: int) -> Iterator
                 yield collate(rows[k * recipe.batch : (k + 1) * recipe.batch])
 
 
-# -- the loop ---------------------------------------------------------------------------------------------------------
+# -- the loop --------------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -164,9 +170,9 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))
 
 
-def train(model: ViPLLaVA, tokenizer: Tokenizer, recipe: Recipe, out: Path, *, device, workers, log, evals, save) -> None:
+def train(model: ViPLLaVA, tokenizer: Tokenizer, recipe: Recipe, out: Path, *, workers, log, evals, save) -> None:
     """Train to recipe.steps, or on from out/state.pt. log, evals, save: print, measure and save every so many steps."""
-    model.to(device)
+    device = model.llama.embed_tokens.weight.device
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -181,7 +187,7 @@ def train(model: ViPLLaVA, tokenizer: Tokenizer, recipe: Recipe, out: Path, *, d
         model.train()
         loss = model.loss(ids.to(device), labels.to(device), pixels.to(device))
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
         if not norm.isfinite():
             raise ValueError(f"the loss is {loss.item()} and its gradient {norm.item()} at step {step}; lower --lr")
         optimizer.step()
@@ -190,8 +196,10 @@ def train(model: ViPLLaVA, tokenizer: Tokenizer, recipe: Recipe, out: Path, *, d
         done, seen = step + 1, seen + len(ids)
         if done % log == 0 or done == recipe.steps:
             rate = seen / (time.perf_counter() - began)
-            report(out, step=done, loss=round(loss.item(), 4), lr=round(learning_rate(step, recipe), 7), norm=round(norm.item(), 3),
-                   rate=round(rate, 1), left=round((recipe.steps - done) * recipe.batch / rate / 60, 1))
+            left = (recipe.steps - done) * recipe.batch / rate / 60
+            lr = learning_rate(step, recipe)
+            report(out, step=done, loss=round(loss.item(), 4), lr=round(lr, 7), norm=round(norm.item(), 3),
+                   rate=round(rate, 1), left=round(left, 1))
             began, seen = time.perf_counter(), 0
         if done % evals == 0 or done == recipe.steps:
             report(out, step=done, accuracy=held_out_accuracy(model.eval(), tokenizer, recipe))
@@ -230,7 +238,8 @@ def report(out: Path, **fields) -> None:
 
 def save_state(out: Path, model, optimizer, recipe: Recipe, step: int) -> None:
     """All that the next step depends on, written beside and renamed."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "recipe": dataclasses.asdict(recipe), "step": step}
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"recipe": dataclasses.asdict(recipe), "step": step}
     torch.save(state, out / "state.pt.part")
     os.replace(out / "state.pt.part", out / "state.pt")
 
@@ -239,21 +248,25 @@ def load_state(out: Path, model, optimizer, recipe: Recipe) -> int:
     """The number of steps already done in this folder: 0 in a new one."""
     if not (out / "state.pt").exists():
         return 0
-    state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
-    if state["recipe"] != dataclasses.asdict(recipe):
-        changed = [f"{k} {state['recipe'].get(k)}, now {v}" for k, v in dataclasses.asdict(recipe).items() if state["recipe"].get(k) != v]
-        raise ValueError(f"{out} holds a run with another recipe ({'; '.join(changed)}); give another --out, or the same flags")
+    try:
+        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+        before, now = state["recipe"], dataclasses.asdict(recipe)
+    except (RuntimeError, KeyError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{out}/state.pt can't be read ({type(error).__name__}); is it whole?") from None
+    if changed := [f"{key} {before.get(key)}, now {now[key]}" for key in now if before.get(key) != now[key]]:
+        expected = "expected the same flags, or another --out"
+        raise ValueError(f"{out} holds a run with another recipe ({'; '.join(changed)}); {expected}")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     print(f"resumed {out} at step {state['step']} of {recipe.steps}", flush=True)
     return state["step"]
 
 
-# -- a small model from nothing -----------------------------------------------------------------------------------------
+# -- a small model from nothing --------------------------------------------------------------------------------------
 
 
 def tiny_model(recipe: Recipe) -> tuple[ViPLLaVA, Tokenizer]:
-    """A random ViP-LLaVA of 2.5 M parameters and a tokenizer that knows the words of the scenes."""
+    """A random ViP-LLaVA of TINY's sizes, 2.5 M parameters, and a tokenizer that knows the words of the scenes."""
     texts = []
     for index in range(1000):
         for source in SOURCES.values():
@@ -262,52 +275,52 @@ def tiny_model(recipe: Recipe) -> tuple[ViPLLaVA, Tokenizer]:
     texts += [HUMAN + " USER: ", " ASSISTANT:"] * 1000
     tokenizer = Tokenizer.train(texts, 1024)
     torch.manual_seed(recipe.seed)
-    text = dataclasses.replace(llama.SIZES["tiny"], vocab_size=tokenizer.vocab_size + 2)
-    config = ViPLLaVAConfig(TINY_VISION, text, TINY_LAYERS, image_token_id=tokenizer.vocab_size)
-    return ViPLLaVA(config), tokenizer
+    text = dataclasses.replace(TINY.text, vocab_size=tokenizer.vocab_size + 2)  # and <image>, <pad>
+    return ViPLLaVA(dataclasses.replace(TINY, text=text, image_token_id=tokenizer.vocab_size)), tokenizer
 
 
-# -- command line -----------------------------------------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)  # one line, without the usage
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description="Train a ViP-LLaVA.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("recipe", choices=RECIPES, help="what to train; the flags below override its fields")
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(description="Train a ViP-LLaVA.")
+    parser.add_argument("recipe", choices=RECIPES, help="what to train; flags override its fields")
     parser.add_argument("--out", type=Path, required=True, help="the run's folder; a run that is in it is continued")
     parser.add_argument("--model", help="start from these weights (a name or folder); without it, a small random model")
     for field in dataclasses.fields(Recipe):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, default=argparse.SUPPRESS, help="(recipe)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--workers", type=int, default=0, help="processes that draw; on few cores they slow training down")
-    parser.add_argument("--log", type=int, default=50, help="steps between two lines")
-    parser.add_argument("--evals", type=int, default=500, help="steps between two measurements on held-out scenes")
-    parser.add_argument("--save", type=int, default=250, help="steps between two checkpoints")
+        recipes = ", ".join(f"{name} has {getattr(recipe, field.name)}" for name, recipe in RECIPES.items())
+        flag = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(flag, type=field.type, default=argparse.SUPPRESS, metavar="…", help=recipes)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    for name, default, low, text in (
+        ("workers", 0, 0, "processes that draw; on few cores they slow training down"),
+        ("log", 50, 1, "steps between two lines"),
+        ("evals", 500, 1, "steps between two measurements on held-out scenes"),
+        ("save", 250, 1, "steps between two checkpoints"),
+    ):
+        number = functools.partial(at_least, low)
+        parser.add_argument(f"--{name}", type=number, default=default, help=f"{text} ({default})")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
+def at_least(low: int, text: str) -> int:
+    if int(text) < low:
+        raise argparse.ArgumentTypeError(f"{text} came; expected {low} or more")
+    return int(text)
+
+
+def main(argv: list[str]) -> None:
     args = arguments(argv)
     names = [field.name for field in dataclasses.fields(Recipe)]
     recipe = dataclasses.replace(RECIPES[args.recipe], **{n: getattr(args, n) for n in names if hasattr(args, n)})
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device {args.device!r} is not here; expected cpu{', cuda' * torch.cuda.is_available()}") from None
-    model, tokenizer = checkpoint.load(args.model, dtype=torch.float32) if args.model else tiny_model(recipe)
+    device = check_device(args.device)
+    checkpoint.check_target(args.out)
+    model, tokenizer = checkpoint.load(args.model, device, torch.float32) if args.model else tiny_model(recipe)
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {recipe}", flush=True)
-    train(model, tokenizer, recipe, args.out, device=args.device, workers=args.workers,
-          log=args.log, evals=args.evals, save=args.save)
+    every = {"log": args.log, "evals": args.evals, "save": args.save}
+    train(model.to(device), tokenizer, recipe, args.out, workers=args.workers, **every)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run(main))

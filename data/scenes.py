@@ -9,7 +9,7 @@ come its picture, its caption, and questions about objects that a visual prompt 
     caption        Scene                   -> "top left: a red star. center: a large blue ring."
     marker_sample  generator, size, kinds  -> Sample    "What is within the red rectangle?" -> "a blue ring"
 
-Samplers make a Sample(image, markers, turns): `caption_sample`; `marked_caption_sample`, whose caption mentions markers;
+Samplers make a Sample(image, markers, turns): `caption_sample`; `marked_caption_sample`, which mentions markers;
 `marker_sample`; and `test_sample` (one marker, one question). Its image is unmarked: overlay.draw marks it.
 
 Two pitfalls. A marker may vanish in what it lies on (a red point on a red star): then it is sampled again. And two
@@ -20,12 +20,12 @@ markers in one image must be told apart by their words: their kinds differ, or b
     python -m data.scenes example examples/scene.png       one fixed scene, and
     python -m data.scenes markers examples/markers.png     the eight markers on it
 """
-import argparse
 import json
 import math
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
@@ -34,9 +34,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from chat import Turn
+from commandline import Parser, run
 from overlay import KINDS, RELEASED, Distribution, Marker, Region, draw, phrase, sample_marker
 
-# ---- what a scene may hold; all lengths in parts of the image's shorter side ---------------------------------------
+# -- what a scene may hold; all lengths in parts of the image's shorter side -----------------------------------------
 # No triangle: "the red triangle" would name both an object and a marker. No gray: backgrounds are grayish.
 OBJECT_COLORS = {"red": (205, 25, 40), "orange": (255, 128, 10), "yellow": (255, 232, 60), "green": (20, 150, 50),
                  "blue": (30, 70, 225), "purple": (130, 30, 160), "white": (250, 250, 250), "black": (15, 15, 15)}
@@ -54,7 +55,7 @@ BOLD = Distribution(alpha=(0.7, 1), mask_alpha=(0.3, 0.5), rectangle_width=(6, 1
                     scribble_width=(7, 12), contour_width=(3, 5), arrow_width=(5, 8), arrow_length=(1.0, 110),
                     arrow_head=(0.35, 0.5), arrow_head_min=18)
 
-# ---- what is asked -------------------------------------------------------------------------------------------------
+# -- what is asked ---------------------------------------------------------------------------------------------------
 P_MARKERS = (0.4, 0.3, 0.3)                  # that one, two, three objects are marked
 P_THIS, P_COLOR, P_SHAPE = 0.25, 0.08, 0.08  # "What is this?" (one marker only), "What color …", "What shape …"
 P_WHERE, P_RELATION, P_DESCRIBE = 0.5, 0.5, 0.15  # further turns: where each is, how two are related, the whole image
@@ -76,7 +77,7 @@ class Object:
     box: tuple[float, float, float, float]    # the polygon's bounds
 
     @property
-    def center(self):
+    def center(self) -> tuple[float, float]:
         x0, y0, x1, y1 = self.box
         return (x0 + x1) / 2, (y0 + y1) / 2
 
@@ -103,7 +104,7 @@ class Sample:
     turns: tuple[Turn, ...]
 
 
-# ---- shapes: unit polygons, centered on their bounds, within a circle of radius 1 ----------------------------------
+# -- shapes: unit polygons, centered on their bounds, within a circle of radius 1 ------------------------------------
 def _arc(start, stop, radius=1.0, x=0.0, points=36):
     angles = np.radians(np.linspace(start, stop, points))
     return np.stack([x + radius * np.cos(angles), radius * np.sin(angles)], 1)
@@ -139,7 +140,8 @@ SHAPES = {name: _unit(points) for name, points in {
 }.items()}
 
 
-def make_object(shape, color, size, center, radius, rotation=0.0, stretch=1.0, brightness=1.0):
+def make_object(shape: str, color: str, size: str, center: tuple[float, float], radius: float, rotation: float = 0.0,
+                stretch: float = 1.0, brightness: float = 1.0) -> Object:
     """Center and radius in pixels; `stretch` makes it wider (> 1) or taller (< 1), never beyond the radius."""
     cos, sin = math.cos(rotation), math.sin(rotation)
     points = SHAPES[shape] * (radius * min(stretch, 1), radius / max(stretch, 1))
@@ -149,8 +151,8 @@ def make_object(shape, color, size, center, radius, rotation=0.0, stretch=1.0, b
     return Object(shape, color, size, rgb, tuple(map(tuple, points.tolist())), box)
 
 
-# ---- scenes --------------------------------------------------------------------------------------------------------
-def sample_scene(generator, size=(224, 224), n=None):
+# -- scenes ----------------------------------------------------------------------------------------------------------
+def sample_scene(generator: np.random.Generator, size: tuple[int, int] = (224, 224), n: int | None = None) -> Scene:
     """A scene of n objects (2-6 unless told), no two alike in both shape and color, none near another."""
     n = int(generator.integers(2, 7)) if n is None else n
     if not 1 <= n <= 9:
@@ -209,8 +211,8 @@ def _sample_background(generator):
     return Background(kind, colors, slope, int(generator.integers(2**31)))
 
 
-# ---- pictures ------------------------------------------------------------------------------------------------------
-def render(scene, supersample=4):
+# -- pictures --------------------------------------------------------------------------------------------------------
+def render(scene: Scene, supersample: int = 4) -> Image.Image:
     """The scene as an RGB image: the background, then each object through a mask drawn `supersample` times finer."""
     image = _background_image(scene.background, scene.size)
     for thing in scene.objects:
@@ -242,25 +244,25 @@ def _background_image(background, size):
     return field.convert("RGB")
 
 
-# ---- words ---------------------------------------------------------------------------------------------------------
-def describe(thing):
+# -- words -----------------------------------------------------------------------------------------------------------
+def describe(thing: Object) -> str:
     """'a red star', 'an orange ring'."""
     return f"{'an' if thing.color[0] in 'aeiou' else 'a'} {thing.color} {thing.shape}"
 
 
-def cell(scene, thing):
+def cell(scene: Scene, thing: Object) -> tuple[int, int]:
     """(row, column) of the 3 x 3 grid that an object's center lies in."""
     (x, y), (width, height) = thing.center, scene.size
     return int(3 * y / height), int(3 * x / width)
 
 
-def position(scene, thing):
+def position(scene: Scene, thing: Object) -> str:
     """'bottom left'."""
     row, column = cell(scene, thing)
     return POSITIONS[row][column]
 
 
-def caption(scene, marked=()):
+def caption(scene: Scene, marked: Iterable[tuple[Object, Marker]] = ()) -> str:
     """Every object in reading order, its position first: a model can say where to look before it looks there. Of the
     pairs (object, marker) in `marked` the object is said to be "within the red rectangle", and so on."""
     words = {id(thing): f" {phrase(marker)}" for thing, marker in marked}
@@ -271,7 +273,7 @@ def caption(scene, marked=()):
     return " ".join(lines)
 
 
-def relation(a, b):
+def relation(a: Object, b: Object) -> str:
     """'The red star is left of the blue ring.', by the longer of the two offsets between their centers."""
     dx, dy = a.center[0] - b.center[0], a.center[1] - b.center[1]
     if abs(dx) >= abs(dy):
@@ -281,27 +283,29 @@ def relation(a, b):
     return f"The {a.color} {a.shape} is {word} the {b.color} {b.shape}."
 
 
-# ---- samples -------------------------------------------------------------------------------------------------------
-def generator_for(split, seed, index):
+# -- samples ---------------------------------------------------------------------------------------------------------
+def generator_for(split: str, seed: int, index: int) -> np.random.Generator:
     """The random stream of one sample: no split shares one, and neither workers nor resuming change it."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
     return np.random.default_rng([SPLITS[split], seed, index])
 
 
-def caption_sample(generator, size=(224, 224)):
+def caption_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224)) -> Sample:
     """An image and its caption, nothing asked: the plain template's pair."""
     scene = sample_scene(generator, size)
     return Sample(render(scene), (), (Turn("", caption(scene), image=True),))
 
 
-def marked_caption_sample(generator, size=(224, 224), kinds=KINDS, distribution=RELEASED):
+def marked_caption_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224),
+                          kinds: Sequence[str] = KINDS, distribution: Distribution = RELEASED) -> Sample:
     """The same of an image with one to three markers, which the caption mentions: what a marker is, and where."""
     scene, things, markers = _marked_scene(generator, size, kinds, None, distribution)
     return Sample(render(scene), markers, (Turn("", caption(scene, zip(things, markers)), image=True),))
 
 
-def test_sample(generator, size=(224, 224), kind="arrow", distribution=RELEASED):
+def test_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224), kind: str = "arrow",
+                distribution: Distribution = RELEASED) -> Sample:
     """One marker of this kind, "What is {phrase}?", one right answer: the held-out accuracy counts exact matches."""
     scene = sample_scene(generator, size)
     (thing,), (marker,) = sample_markers(generator, scene, 1, (kind,), distribution)
@@ -311,7 +315,8 @@ def test_sample(generator, size=(224, 224), kind="arrow", distribution=RELEASED)
 test_sample.__test__ = False   # pytest would take it for a test
 
 
-def marker_sample(generator, size=(224, 224), kinds=KINDS, n_markers=None, distribution=RELEASED):
+def marker_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224), kinds: Sequence[str] = KINDS,
+                  n_markers: int | None = None, distribution: Distribution = RELEASED) -> Sample:
     """One to three marked objects; what each is, perhaps where, how two are related, and the whole, in any order."""
     scene, things, markers = _marked_scene(generator, size, kinds, n_markers, distribution)
     asked, alone = [], len(things) == 1
@@ -349,7 +354,8 @@ def _marked_scene(generator, size, kinds, n_markers, distribution):
     raise last
 
 
-def sample_markers(generator, scene, n, kinds=KINDS, distribution=RELEASED):
+def sample_markers(generator: np.random.Generator, scene: Scene, n: int, kinds: Sequence[str] = KINDS,
+                   distribution: Distribution = RELEASED) -> tuple[tuple[Object, ...], tuple[Marker, ...]]:
     """n objects of the scene, and for each a visible marker which words can tell from the others."""
     if not 1 <= n <= len(scene.objects) or not kinds:
         raise ValueError(f"{n} markers of {len(kinds)} kinds for {len(scene.objects)} objects; expected one or more "
@@ -419,8 +425,8 @@ def _related(generator, things, markers):
     return question, relation(things[i], things[j])
 
 
-# ---- commands ------------------------------------------------------------------------------------------------------
-def write(out, n, seed=0, side=224, split="test"):
+# -- commands --------------------------------------------------------------------------------------------------------
+def write(out: str | Path, n: int, seed: int = 0, side: int = 224, split: str = "test") -> None:
     """n scenes as official records: OUT/images/*.png, OUT/regions.json (RefCOCOg), OUT/captions.json (LLaVA)."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -455,7 +461,7 @@ def write(out, n, seed=0, side=224, split="test"):
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def sheet(path, seed=0, side=224, columns=4):
+def sheet(path: str | Path, seed: int = 0, side: int = 224, columns: int = 4) -> None:
     """Twelve marked samples with their questions and answers, as one image."""
     line = 12
     samples = [marker_sample(generator_for("val", seed, i), (side, side), kinds=(kind,))
@@ -471,7 +477,7 @@ def sheet(path, seed=0, side=224, columns=4):
     page.save(path)
 
 
-def example_scene():
+def example_scene() -> Scene:
     """The fixed scene of the README: 448 x 448, five objects placed by hand."""
     objects = (make_object("star", "red", "large", (104, 112), 72, -0.15),
                make_object("ring", "blue", "large", (322, 92), 66),
@@ -481,31 +487,23 @@ def example_scene():
     return Scene((448, 448), objects, Background("gradient", ((112, 118, 132), (160, 150, 142)), (0.2, 0.3)))
 
 
-def eight_markers(path, side=224):
+def eight_markers(path: str | Path, side: int = 224) -> None:
     """The fixed scene eight times, each time with another marker on its heart, and the words that point at it."""
     scene, generator = example_scene(), generator_for("val", 0, 3)
     heart = next(thing for thing in scene.objects if thing.shape == "heart")
     page = Image.new("RGB", (4 * (side + 8) - 8, 2 * (side + 24)), "white")
-    for i, (kind, color) in enumerate(zip(KINDS, ("red", "blue", "purple", "fuchsia", "blue", "red", "blue", "lime"))):
-        marker = sample_marker(Region(box=heart.box, polygons=(heart.polygon,)), scene.size, generator, kind, color, BOLD)
+    region = Region(box=heart.box, polygons=(heart.polygon,))
+    colors = ("red", "blue", "purple", "fuchsia", "blue", "red", "blue", "lime")
+    for i, (kind, color) in enumerate(zip(KINDS, colors)):
+        marker = sample_marker(region, scene.size, generator, kind, color, BOLD)
         x, y = i % 4 * (side + 8), i // 4 * (side + 24)
         page.paste(draw(render(scene), [marker]).resize((side, side), Image.Resampling.BICUBIC), (x, y))
         ImageDraw.Draw(page).text((x + 2, y + side + 4), phrase(marker), fill="black")
     page.save(path)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        sys.exit(_complain(message))
-
-
-def _complain(message):
-    print(f"error: {message}", file=sys.stderr)
-    return 2
-
-
-def main(arguments=None):
-    parser = _Parser(prog="python -m data.scenes", description="Synthetic scenes with exact truth.")
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="python -m data.scenes", description="Synthetic scenes with exact truth.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("write", help="write scenes as official records")
     command.add_argument("out", help="a new or empty folder")
@@ -513,19 +511,17 @@ def main(arguments=None):
     command.add_argument("--seed", type=int, default=0, help="0 or more (0)")
     command.add_argument("--size", type=int, default=224, help="side of an image in pixels (224)")
     command.add_argument("--split", default="test", help=f"one of {', '.join(SPLITS)} (test)")
-    pictures = {"sheet": ("twelve samples to look at", sheet), "markers": ("the eight markers on one scene", eight_markers),
-                "example": ("that scene", lambda path: render(example_scene()).save(path))}
+    pictures = {"sheet": ("twelve samples to look at", sheet),
+                "example": ("one fixed scene", lambda path: render(example_scene()).save(path)),
+                "markers": ("the eight markers on it", eight_markers)}
     for name, (text, _) in pictures.items():
         commands.add_parser(name, help=text).add_argument("out", help="the image to write, such as out.png")
-    args = parser.parse_args(arguments)
-    try:
-        if args.command == "write":
-            write(args.out, args.n, args.seed, args.size, args.split)
-        else:
-            pictures[args.command][1](args.out)
-    except (ValueError, OSError) as error:
-        return _complain(error)
+    args = parser.parse_args(argv)
+    if args.command == "write":
+        write(args.out, args.n, args.seed, args.size, args.split)
+    else:
+        pictures[args.command][1](args.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -1,13 +1,13 @@
 """How often does a model name the marked object? Held-out scenes, one marker each, exact matches only.
 
     python -m evals.scenes --model tiny -n 2000               by kind of marker
-    python -m evals.scenes --model tiny -n 2000 --unmarked    the same questions, nothing drawn: chance is all that is left
+    python -m evals.scenes --model tiny -n 2000 --unmarked    the same questions, nothing drawn: only chance is left
 
 Scene i is the same for everyone: it depends on the split, the seed and i alone, and no training run has seen the split
 "test". Kinds of marker take turns. Answers are greedy, so a second run prints the same numbers.
 """
 
-import argparse
+import functools
 import math
 import sys
 from collections import Counter
@@ -18,6 +18,7 @@ import torch
 import checkpoint
 from chat import TEMPLATES, encode_chat, stop_ids
 from clip import preprocess
+from commandline import Parser, check_device, run
 from data import scenes
 from overlay import KINDS, draw
 from tokenizer import Stream
@@ -30,7 +31,8 @@ def answer(model, tokenizer, samples: list[scenes.Sample], max_new_tokens: int) 
     pixels = torch.stack([preprocess(draw(s.image, s.markers), model.config.vision.image_size) for s in samples])
     streams = [Stream(tokenizer, TEMPLATES[template].stop) for _ in samples]
     texts = [""] * len(samples)
-    for tokens in model.generate(prompts, pixels, max_new_tokens=max_new_tokens, stop_ids=stop_ids(tokenizer, template)):
+    stop = stop_ids(tokenizer, template)
+    for tokens in model.generate(prompts, pixels, max_new_tokens=max_new_tokens, stop_ids=stop):
         for i, token in enumerate(tokens):
             if token is not None and not streams[i].stopped:
                 texts[i] += streams[i].push(token)
@@ -47,11 +49,11 @@ def evaluate(model, tokenizer, n: int, *, source="markers", split="test", seed=0
         names = [KINDS[i % len(KINDS)] if source == "markers" else source for i in group]
         samples = []
         for i, name in zip(group, names):
-            generator = scenes.generator_for(split, seed, i)
-            samples.append(scenes.caption_sample(generator, size) if name == "captions" else scenes.test_sample(generator, size, name))
+            make = scenes.caption_sample if name == "captions" else functools.partial(scenes.test_sample, kind=name)
+            samples.append(make(scenes.generator_for(split, seed, i), size))
         if unmarked:
             samples = [replace(sample, markers=()) for sample in samples]
-        limit = 100 if source == "captions" else 20  # tokens; the longest caption has under 60, the longest answer under 10
+        limit = 100 if source == "captions" else 20  # tokens; the longest have under 60 and under 10
         for name, sample, text in zip(names, samples, answer(model, tokenizer, samples, limit)):
             seen[name] += 1
             right[name] += text == sample.turns[0].answer
@@ -67,34 +69,32 @@ def interval(right: int, seen: int) -> tuple[float, float]:
 
 def chance(n: int, split="test", seed=0, side=224) -> float:
     """What naming one of the scene's objects at random would score: a sample draws its scene first, then the marker."""
-    return sum(1 / len(scenes.sample_scene(scenes.generator_for(split, seed, i), (side, side)).objects) for i in range(n)) / n
+    drawn = (scenes.sample_scene(scenes.generator_for(split, seed, i), (side, side)) for i in range(n))
+    return sum(1 / len(scene.objects) for scene in drawn) / n
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m evals.scenes", description="Exact answers about marked objects.")
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="python -m evals.scenes", description="Exact answers about marked objects.")
     parser.add_argument("--model", default="tiny", help="a name or folder (tiny)")
     parser.add_argument("-n", type=int, default=2000, help="scenes (2000)")
     parser.add_argument("--unmarked", action="store_true", help="ask about markers that are not drawn")
-    parser.add_argument("--split", choices=scenes.SPLITS, default="test")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=scenes.SPLITS, default="test", help="which scenes (test)")
+    parser.add_argument("--seed", type=int, default=0, help="0 or more (0)")
     parser.add_argument("--side", type=int, default=224, help="of a scene, in pixels (224)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     args = parser.parse_args(argv)
-    if args.n < len(KINDS):
-        raise ValueError(f"-n is {args.n}; expected at least {len(KINDS)}, one scene for each kind of marker")
-    model, tokenizer = checkpoint.load(args.model, device=args.device, dtype=torch.float32)
+    for flag, low in (("n", len(KINDS)), ("seed", 0), ("side", 32)):
+        if getattr(args, flag) < low:
+            raise ValueError(f"{flag} is {getattr(args, flag)}; expected {low} or more")
+    model, tokenizer = checkpoint.load(args.model, check_device(args.device), torch.float32)
     where = {"split": args.split, "seed": args.seed, "side": args.side}
     table = evaluate(model, tokenizer, args.n, unmarked=args.unmarked, **where)
     table["all"] = tuple(map(sum, zip(*table.values())))
     for name, (right, seen) in table.items():
         low, high = interval(right, seen)
-        print(f"{name:13} {100 * right / seen:5.1f} %   95 % interval {100 * low:4.1f} to {100 * high:5.1f}   ({right} of {seen})")
-    print(f"{'chance':13} {100 * chance(args.n, **where):5.1f} %   naming one of the scene's objects at random")
+        print(f"{name:13} {right / seen:6.1%}   95 % interval {low:5.1%} to {high:5.1%}   ({right} of {seen})")
+    print(f"{'chance':13} {chance(args.n, **where):6.1%}   naming one of the scene's objects at random")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run(main))

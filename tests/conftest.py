@@ -1,8 +1,11 @@
-"""Tokenizers of the three kinds, small, that the tests of chat.py and tokenizer.py share."""
+"""The tests run on the CPU; and tokenizers of the three kinds, small, that the tests of several files share."""
 
 import json
+import os
 import shutil
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks, and in the processes that tests start
 
 import pytest
 from tokenizers import Regex, Tokenizer as BPETokenizer, decoders, models, pre_tokenizers, trainers

@@ -3,6 +3,7 @@
 import pytest
 
 import evals.scenes as scenes_eval
+from commandline import run
 from data import scenes
 from evals.scenes import chance, evaluate, interval
 from overlay import KINDS
@@ -31,8 +32,9 @@ def test_unmarked_asks_the_same_without_markers(monkeypatch):
 
 def test_held_out_scenes_are_not_those_of_training():
     """Guards against a test split that repeats the training stream."""
-    pictures = {split: scenes.test_sample(scenes.generator_for(split, 0, 0), (64, 64), "point").image.tobytes() for split in scenes.SPLITS}
-    assert len(set(pictures.values())) == len(scenes.SPLITS) == 3
+    generators = [scenes.generator_for(split, 0, 0) for split in scenes.SPLITS]
+    pictures = {scenes.test_sample(generator, (64, 64), "point").image.tobytes() for generator in generators}
+    assert len(pictures) == len(scenes.SPLITS) == 3
 
 
 def test_chance_is_one_over_the_objects_of_the_scenes_asked_about():
@@ -46,3 +48,15 @@ def test_chance_is_one_over_the_objects_of_the_scenes_asked_about():
 def test_interval(right, seen, low, high):
     """Guards against the simple interval, which is [1, 1] at ten of ten. Values from Wilson's formula by hand."""
     assert interval(right, seen) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["-n", "7"], "n is 7; expected 8 or more"), (["--seed", "-1"], "seed is -1"), (["--side", "8"], "side is 8"),
+    (["--split", "dev"], "invalid choice: 'dev'"), (["--device", "abacus"], "no device 'abacus'"),
+    (["--model", "nosuch"], "no model 'nosuch'"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(flags, words, capsys):
+    """Guards against tracebacks and usage pages."""
+    assert run(scenes_eval.main, flags) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err

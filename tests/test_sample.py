@@ -27,9 +27,11 @@ from PIL import Image
 os.environ["HF_HUB_OFFLINE"] = "1"  # a model's name that is none must not be looked up from here
 
 import checkpoint
+import hub
 import sample
 from chat import HUMAN, Turn, encode_chat
 from clip import VisionConfig, open_image
+from commandline import run
 from llama import LlamaConfig
 from overlay import KINDS, draw, make_marker, phrase
 from tokenizer import Tokenizer
@@ -103,7 +105,7 @@ def ask(*argv, model="model"):
     """main() with a small answer: (status, stdout, stderr)."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = sample.main([*argv, "--model", model] if model else list(argv))
+        status = run(sample.main, [*argv, "--model", model] if model else list(argv))
     return status, out.getvalue(), err.getvalue()
 
 
@@ -154,43 +156,43 @@ BAD = [  # what follows `python sample.py --image photo.jpg` (400 x 300 pixels),
     ("--mask 500,0,600,0,600,100", "lies outside the image"),
     ("--point 50,50 --point 50,900", "point '50,900': "),
     # options
-    ("--arrow 210,140:colour=blue", "unknown option 'colour=blue', expected color=… or width=… or alpha=… or head=…"),
-    ("--arrow 210,140:blue", "unknown option 'blue', expected color=…"),
+    ("--arrow 210,140:colour=blue", "unknown option 'colour=blue'; expected color=… or width=… or alpha=… or head=…"),
+    ("--arrow 210,140:blue", "unknown option 'blue'; expected color=…"),
     ("--arrow 210,140:radius=3", "unknown option 'radius=3'"),
-    ("--point 210,140:width=3", "unknown option 'width=3', expected color=… or radius=… or alpha=…"),
-    ("--arrow 210,140:color=green", "color is 'green', expected #rrggbb or one of red, lime, blue"),
-    ("--arrow 210,140:color=#12345", "color is '#12345', expected #rrggbb"),
-    ("--arrow 210,140:color=", "color is '', expected #rrggbb"),
+    ("--point 210,140:width=3", "unknown option 'width=3'; expected color=… or radius=… or alpha=…"),
+    ("--arrow 210,140:color=green", "color is 'green'; expected #rrggbb or one of red, lime, blue"),
+    ("--arrow 210,140:color=#12345", "color is '#12345'; expected #rrggbb"),
+    ("--arrow 210,140:color=", "color is ''; expected #rrggbb"),
     ("--arrow 210,140:color=red,color=blue", "color is given twice"),
     ("--arrow 210,140:color=red,,", "unknown option ''"),
-    ("--rectangle 20,30,200,180:width=0", "width is '0', expected a whole number of pixels, 1 or more"),
+    ("--rectangle 20,30,200,180:width=0", "width is '0'; expected a whole number of pixels, 1 or more"),
     ("--rectangle 20,30,200,180:width=-3", "width is '-3'"),
     ("--rectangle 20,30,200,180:width=2.5", "width is '2.5'"),
     ("--rectangle 20,30,200,180:width=thick", "width is 'thick'"),
-    ("--rectangle 20,30,200,180:width=401", "width is 401, expected at most the image's longer side, 400"),
-    ("--rectangle 20,30,200,180:alpha=2", "alpha is '2', expected a number from 1/255"),
+    ("--rectangle 20,30,200,180:width=401", "width is 401; expected at most the image's longer side, 400"),
+    ("--rectangle 20,30,200,180:alpha=2", "alpha is '2'; expected a number from 1/255"),
     ("--rectangle 20,30,200,180:alpha=0", "alpha is '0'"),
     ("--rectangle 20,30,200,180:alpha=nan", "alpha is 'nan'"),
-    ("--point 210,140:radius=0", "radius is '0', expected a number of pixels"),
-    ("--arrow 210,140:head=round", "head is 'round', expected filled or open"),
+    ("--point 210,140:radius=0", "radius is '0'; expected a number of pixels"),
+    ("--arrow 210,140:head=round", "head is 'round'; expected filled or open"),
     # masks
-    ("--mask missing.png", "no such file, expected x0,y0,x1,y1,x2,y2,… (a polygon) or a PNG"),
-    ("--mask folder", "no such file, expected x0,y0,x1,y1,x2,y2,… (a polygon) or a PNG"),
+    ("--mask missing.png", "no such file; expected x0,y0,x1,y1,x2,y2,… (a polygon) or a PNG"),
+    ("--mask folder", "no such file; expected x0,y0,x1,y1,x2,y2,… (a polygon) or a PNG"),
     ("--mask text.jpg", "text.jpg is not an image; expected a JPEG, PNG"),
     ("--mask black.png", "a pixel that is set"),
     ("--mask narrow.png", "399"),
     ("--mask ''", "(a polygon) or a PNG file"),
     ("--mask 10,10,20,20", "(every pixel that is not 0), got 4 numbers"),
     ("--contour 10,10,20,20,30", "got 5 numbers"),
-    ("--contour 10,10,20,20,30,y", "no such file, expected x0,y0"),
-    ("--mask mask.png:width=3", "unknown option 'width=3', expected color=… or alpha=…"),
+    ("--contour 10,10,20,20,30,y", "no such file; expected x0,y0"),
+    ("--mask mask.png:width=3", "unknown option 'width=3'; expected color=… or alpha=…"),
     # the image
     ("--image missing.jpg --point 5,5", "no image file at missing.jpg"),
     ("--image folder --point 5,5", "no image file at folder"),
     ("--image text.jpg --point 5,5", "text.jpg is not an image; expected a JPEG, PNG"),
     ("--image empty.jpg --point 5,5", "empty.jpg is not an image"),
     ("--image cut.jpg --point 5,5", "is the file whole?"),
-    ("--image bomb.png --point 5,5", "the limit; make it smaller"),
+    ("--image bomb.png --point 5,5", "the limit; shrink it"),
     ("--image float.tiff --point 5,5", "expected 8 or 16 bits"),
     ("--image '' --point 5,5", "no image file at ."),
     ("--image photo.jpg --image photo.jpg 'What is this?'", "--image is given twice"),
@@ -199,30 +201,30 @@ BAD = [  # what follows `python sample.py --image photo.jpg` (400 x 300 pixels),
     ("", "there is no question"),
     ("''", "there is no question"),
     ("--point 5,5 ' '", "there is no question"),
-    ("--point 5,5 --arrow 50,60 'What is {3}?'", "the question mentions marker {3}, expected {1} or {2}"),
-    ("--point 5,5 'What is {0}?'", "mentions marker {0}, expected {1}"),
+    ("--point 5,5 --arrow 50,60 'What is {3}?'", "the question mentions marker {3}; expected {1} or {2}"),
+    ("--point 5,5 'What is {0}?'", "mentions marker {0}; expected {1}"),
     ("'What is {1}?'", "expected none, as there is no marker"),
-    ("What is this?", "more than one question, 'What' and 'is', expected one, in quotes"),
+    ("What is this?", "more than one question, 'What' and 'is'; expected one, in quotes"),
     ("'What?' --point 5,5 'Where?'", "more than one question, 'What?' and 'Where?'"),
     ("'What is \udc80?'", "the question has '\\udc80', half a character"),
     (f"'{LONG}'", "expected at most 320 in all"),
     ("'What is this?' --max-new-tokens 300", "with 300 for the answer; expected at most 320 in all"),
     # how to answer
-    ("'What is this?' --max-new-tokens 0", "--max-new-tokens is 0, expected 1 or more"),
+    ("'What is this?' --max-new-tokens 0", "--max-new-tokens is 0; expected 1 or more"),
     ("'What is this?' --max-new-tokens many", "invalid int value: 'many'"),
-    ("'What is this?' --temperature -1", "--temperature is -1.0, expected a number, 0 or more"),
+    ("'What is this?' --temperature -1", "--temperature is -1.0; expected a number, 0 or more"),
     ("'What is this?' --temperature nan", "--temperature is nan"),
     ("'What is this?' --temperature inf", "--temperature is inf"),
     ("'What is this?' --temperature hot", "invalid float value: 'hot'"),
-    ("'What is this?' --top-p 0", "--top-p is 0.0, expected more than 0, at most 1"),
+    ("'What is this?' --top-p 0", "--top-p is 0.0; expected more than 0, at most 1"),
     ("'What is this?' --top-p 2", "--top-p is 2.0"),
-    ("'What is this?' --seed -1", "--seed is -1, expected 0 to 2^63 - 1"),
+    ("'What is this?' --seed -1", "--seed is -1; expected 0 to 2^63 - 1"),
     ("'What is this?' --seed 1.5", "invalid int value: '1.5'"),
     ("'What is this?' --seed 1 --seed 2", "--seed is given twice"),
-    ("'What is this?' --colour red", "unknown flag --colour, expected --image, --rectangle"),
-    ("'What is this?' --rect 1,2,3,4", "unknown flag --rect,"),
-    ("'What is this?' --device tpu", "there is no device 'tpu' here, expected cpu"),
-    ("'What is this?' --device cuda:99", "there is no device 'cuda:99' here, expected cpu"),
+    ("'What is this?' --colour red", "unknown flag --colour; expected --image, --rectangle"),
+    ("'What is this?' --rect 1,2,3,4", "unknown flag --rect;"),
+    ("'What is this?' --device tpu", "there is no device 'tpu' here; expected cpu"),
+    ("'What is this?' --device cuda:99", "there is no device 'cuda:99' here; expected cpu"),
     ("'What is this?' --device meta", "there is no device 'meta' here"),
     ("'What is this?' --dtype int3", "invalid choice: 'int3' (choose from"),
     # the model
@@ -237,12 +239,12 @@ BAD = [  # what follows `python sample.py --image photo.jpg` (400 x 300 pixels),
     ("'What is this?' --model otherweights", "58"),
     ("'What is this?' --model cuttokenizer", "tokenizer.json"),
     # what to do with the answer
-    ("'What is this?' --json --chat", "--chat came with --json, expected one of them"),
+    ("'What is this?' --json --chat", "--chat came with --json; expected one of them"),
     ("'What is this?' --show a.png --chat", "--chat came with --show"),
-    ("'What is this?' --show a.xyz", "can't save an image as 'a.xyz', expected a name that ends in .png, .jpg"),
-    ("'What is this?' --show a", "can't save an image as 'a', expected a name that ends in"),
+    ("'What is this?' --show a.xyz", "can't save an image as 'a.xyz'; expected a name that ends in .png, .jpg"),
+    ("'What is this?' --show a", "can't save an image as 'a'; expected a name that ends in"),
     ("'What is this?' --show none/a.png", "there is no folder none"),
-    ("'What is this?' --show photo.jpg", "can't save photo.jpg, which is the original, expected another name"),
+    ("'What is this?' --show photo.jpg", "can't save photo.jpg, which is the original; expected another name"),
     (f"'{LONG}' --show a.png", "expected at most 320 in all"),
     (f"'{LONG}' --json", "expected at most 320 in all"),
 ]
@@ -596,9 +598,9 @@ def test_another_image_begins_another_conversation(here, monkeypatch):
 
 
 CHAT_BAD = [
-    ("/foo", "unknown command /foo, expected a question, a marker (/rectangle"), ("/", "unknown command /,"),
+    ("/foo", "unknown command /foo; expected a question, a marker (/rectangle"), ("/", "unknown command /;"),
     ("/arrow", "expected x,y (tip)"), ("/arrow 900,900", "lies outside"), ("/point 5,5:width=3", "unknown option"),
-    ("What is {2}?", "mentions marker {2}, expected {1}"), ("/image missing.jpg", "no image file at missing.jpg"),
+    ("What is {2}?", "mentions marker {2}; expected {1}"), ("/image missing.jpg", "no image file at missing.jpg"),
     ("/image", "no image file at ."), ("/show", "can't save"), ("/show photo.jpg", "which is the original"),
     ("/mask narrow.png", "399"),
 ]  # fmt: skip
@@ -666,7 +668,7 @@ def table() -> str:
             shown = case if "--image" in case else f"--image photo.jpg {case}".strip()
             answer = ask(*command_line(case), model=None)[2].strip()
             shown = re.sub(r"(word ){9,}", "word word … ", shown).encode("utf-8", "backslashreplace").decode()
-            rows.append(f"| `{shown}` | `{answer.replace(str(checkpoint.WEIGHTS.parent) + os.sep, '')}` |")
+            rows.append(f"| `{shown}` | `{answer.replace(str(hub.WEIGHTS.parent) + os.sep, '')}` |")
         os.chdir(start)
     return "\n".join(rows)
 

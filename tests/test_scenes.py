@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from commandline import run
 from data import scenes
 from data.scenes import (BACKGROUNDS, OBJECT_COLORS, POSITIONS, SHAPES, Background, Scene, caption, caption_sample,
                          describe, example_scene, generator_for, main, make_object, marked_caption_sample,
@@ -319,7 +320,7 @@ def test_a_caption_sample_is_the_image_and_its_caption():
 def test_written_records_are_official_and_say_what_the_pixels_say(tmp_path):
     """Guards against boxes as x, y, width, height, nested or unflattened polygons, missing images, and regions and
     captions that tell of different scenes."""
-    assert main(["write", str(tmp_path / "out"), "-n", "5", "--size", "96", "--seed", "7"]) is None
+    assert run(main, ["write", str(tmp_path / "out"), "-n", "5", "--size", "96", "--seed", "7"]) == 0
     out = tmp_path / "out"
     regions, captions = (json.loads((out / f"{name}.json").read_text()) for name in ("regions", "captions"))
     assert len(regions) == len(captions) == 5 and len({record["id"] for record in regions}) == 5
@@ -341,7 +342,7 @@ def test_written_records_are_official_and_say_what_the_pixels_say(tmp_path):
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):
     """Guards against a run that mixes its files with those of another."""
     (tmp_path / "mine.txt").write_text("keep")
-    assert main(["write", str(tmp_path), "-n", "1"]) == 2
+    assert run(main, ["write", str(tmp_path), "-n", "1"]) == 2
     assert capsys.readouterr().err.startswith("error: ") and [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty", 1)
@@ -356,10 +357,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):
 def test_bad_arguments_end_in_one_line(arguments, tmp_path, capsys):
     """Guards against tracebacks, usage pages, and half a folder left behind."""
     arguments = [argument.replace("OUT", str(tmp_path / "out")) for argument in arguments]
-    try:
-        status = main(arguments)
-    except SystemExit as end:
-        status = end.code
+    status = run(main, arguments)
     said = capsys.readouterr().err
     assert status == 2 and said.startswith("error: ") and said.count("\n") == 1, said
     assert list(tmp_path.iterdir()) == []
@@ -368,6 +366,6 @@ def test_bad_arguments_end_in_one_line(arguments, tmp_path, capsys):
 def test_sheet_and_example_are_images(tmp_path):
     """Guards against documented commands that no longer run."""
     for name in ("sheet", "example"):
-        assert main([name, str(tmp_path / f"{name}.png")]) is None
+        assert run(main, [name, str(tmp_path / f"{name}.png")]) == 0
     assert Image.open(tmp_path / "sheet.png").width >= 4 * 224
     assert Image.open(tmp_path / "example.png").size == (448, 448)

@@ -17,7 +17,7 @@ from data import scenes
 from evals.scenes import answer
 from llama import LlamaConfig
 from train import IGNORE, Recipe, Scenes, collate, encode, learning_rate, main, parse_mix, tiny_model
-from vipllava import ViPLLaVA
+from vipllava import ViPLLaVA, ViPLLaVAConfig
 
 FLAGS = ["--batch", "3", "--side", "64", "--log", "1", "--evals", "1000", "--workers", "0", "--device", "cpu"]
 
@@ -25,9 +25,9 @@ FLAGS = ["--batch", "3", "--side", "64", "--log", "1", "--evals", "1000", "--wor
 @pytest.fixture(autouse=True)
 def minute_model(monkeypatch):
     """The tiny model, tinier: 9 patches, two blocks of each kind."""
-    monkeypatch.setattr(train, "TINY_VISION", VisionConfig(image_size=24, patch_size=8, width=20, layers=2, heads=5, mlp=28))
-    monkeypatch.setattr(train, "TINY_LAYERS", (-2, 1))
-    monkeypatch.setitem(train.llama.SIZES, "tiny", LlamaConfig(1024, 24, 3, 4, 2, 36, context=256))
+    vision = VisionConfig(image_size=24, patch_size=8, width=20, layers=2, heads=5, mlp=28)
+    text = LlamaConfig(1024, width=24, layers=3, heads=4, kv_heads=2, mlp=36, context=256)
+    monkeypatch.setattr(train, "TINY", ViPLLaVAConfig(vision, text, feature_layers=(-2, 1)))
 
 
 def losses(folder):
@@ -151,10 +151,31 @@ def test_another_recipe_does_not_continue_a_run(tmp_path):
         main(["tiny-captions", "--out", str(tmp_path), "--steps", "1", "--lr", "0.5", *FLAGS])
 
 
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"not a state"])
+def test_a_damaged_state_is_one_line(tmp_path, damage):
+    """Guards against a traceback, and against a run that begins anew over what it can't read."""
+    command = ["tiny-captions", "--out", str(tmp_path), "--steps", "1", *FLAGS]
+    main(command)
+    path = tmp_path / "state.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="state.pt can't be read .* is it whole") as caught:
+        main(command)
+    assert "\n" not in str(caught.value) and path.read_bytes() == before
+
+
+def test_somebody_elses_model_is_refused_before_training(tmp_path):
+    """Guards against hours of training whose result can't be saved."""
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="not saved from here"):
+        main(["tiny-captions", "--out", str(tmp_path), "--steps", "1", *FLAGS])
+    assert [item.name for item in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 def test_a_run_is_a_model_that_loads(tmp_path):
     """Guards against a run folder that only the training loop can read: it answers after checkpoint.load."""
     main(["tiny-markers", "--out", str(tmp_path), "--steps", "1", *FLAGS])
-    model, tokenizer = train.checkpoint.load(str(tmp_path))
+    model, tokenizer = train.checkpoint.load(str(tmp_path), "cpu", torch.float32)
     assert isinstance(model, ViPLLaVA)
     state = torch.load(tmp_path / "state.pt", weights_only=True)["model"]
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -162,8 +183,10 @@ def test_a_run_is_a_model_that_loads(tmp_path):
     assert len(answer(model, tokenizer, [sample], 8)) == 1
 
 
-@pytest.mark.parametrize("flags", [["--lr", "x"], ["--data", "cats"], ["--model", "/nowhere"], ["--steps", "0"], ["--batch", "-1"],
-                                   ["--device", "abacus"], ["--lr", "nan"]])
+@pytest.mark.parametrize("flags", [
+    ["--lr", "x"], ["--data", "cats"], ["--model", "/nowhere"], ["--steps", "0"], ["--batch", "-1"],
+    ["--device", "abacus"], ["--lr", "nan"], ["--log", "0"], ["--workers", "-1"],
+])  # fmt: skip
 def test_a_mistake_is_one_line(tmp_path, flags):
     """Guards against tracebacks, and against an output folder made for a run that never starts."""
     command = [sys.executable, "train.py", "tiny-captions", "--out", str(tmp_path / "run"), *flags]

@@ -1,0 +1,53 @@
+"""What all commands here do alike: a person's mistake ends in one line, `error: …`, and exit status 2.
+
+    def main(argv):
+        args = Parser(…).parse_args(argv)
+        …
+
+    if __name__ == "__main__":
+        sys.exit(run(main))
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but what is wrong with the flags is a ValueError like any other mistake, without the usage."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def check_device(name: str | None) -> torch.device:
+    """The device of that name; None is CUDA where there is one, else the CPU. ValueError: it is not here."""
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    device = name or ("cuda" if here["cuda"] else "cpu")
+    try:
+        if torch.empty(0, device=device).device.type not in here:
+            raise RuntimeError
+    except (RuntimeError, AssertionError):  # the latter where PyTorch was built without CUDA
+        choices = " or ".join(name for name, there in here.items() if there)
+        raise ValueError(f"there is no device {name!r} here; expected {choices}") from None
+    return torch.device(device)
+
+
+def complain(error: Exception) -> None:
+    """One line, whatever bytes a file's name has."""
+    line = f"error: {' '.join(str(error).split())}"
+    print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+
+
+def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
+    """main(argv), by default of what was typed, and the exit status: 0, 2 after a mistake, 130 after Ctrl-C."""
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        complain(error)
+        return 2
+    return 0

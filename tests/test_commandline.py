@@ -1,0 +1,48 @@
+"""What all commands do alike."""
+
+import pytest
+import torch
+
+from commandline import Parser, check_device, run
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("two\nlines"), FileNotFoundError("gone"), MemoryError("full"), torch.OutOfMemoryError("full")]
+)
+def test_a_mistake_is_one_line_and_status_2(error, capsys):
+    """Guards against a traceback for a mistake of a person, or of a machine that is too small."""
+
+    def main(argv):
+        raise error
+
+    assert run(main, []) == 2
+    assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
+
+
+def test_a_bug_is_no_mistake():
+    """Guards against errors of ours that are told to a person as theirs."""
+    with pytest.raises(ZeroDivisionError):
+        run(lambda argv: 1 / 0, [])
+
+
+def test_ctrl_c_and_success():
+    """Guards against status 1 or a traceback after Ctrl-C, and a status other than 0 for a result."""
+
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    assert run(interrupted, []) == 130 and run(lambda argv: argv, []) == 0
+
+
+def test_flags_that_are_wrong_are_one_line(capsys):
+    """Guards against argparse's usage page."""
+    assert run(lambda argv: Parser().parse_args(argv), ["--nosuch"]) == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --nosuch\n"
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "meta", "abacus"])
+def test_a_device_that_is_not_here_is_refused(name):
+    """Guards against a device that is taken for another, or that is only missed when the weights have been read."""
+    with pytest.raises(ValueError, match=f"no device '{name}' here; expected cpu"):
+        check_device(name)
+    assert check_device("cpu") == check_device(None) == torch.device("cpu")
