@@ -34,10 +34,9 @@ weights saw them. Geometry is rounded to 1/100 pixel, lest the last bit of a pla
 
     python overlay.py markers.png          # writes a sheet of the eight markers, each with its phrase
 """
-from __future__ import annotations
-
 import math
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,14 +52,14 @@ NAMES = {rgb: name for name, rgb in COLORS.items()}
 LIMIT = 100_000      # pixels: a coordinate beyond it is a mistake, and Pillow would walk along it for minutes
 
 
-# ---- what is meant, and what is drawn ------------------------------------------------------------------------------
+# -- what is meant, and what is drawn --------------------------------------------------------------------------------
 
-def check_kind(kind):
+def check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}: expected one of {', '.join(KINDS)}")
 
 
-def rgb_of(color):
+def rgb_of(color: str | Sequence[int]) -> tuple[int, int, int]:
     """(r, g, b) of one of the nine names, of "#rrggbb", or of a triple of whole numbers 0..255; else ValueError."""
     if isinstance(color, str):
         if color in COLORS:
@@ -204,19 +203,20 @@ def _largest_angle(points):
     return math.degrees(largest)
 
 
-def phrase(marker):
+def phrase(marker: Marker) -> str:
     """The words that point at a marker: "within the red rectangle", or "within the rectangle" if no name fits."""
     return " ".join(filter(None, (WORDS[marker.kind], "the", NAMES.get(marker.color), marker.kind)))
 
 
-def scale_of(size):
+def scale_of(size: tuple[int, int]) -> float:
     """The unit s of all widths and lengths, max(width, height) / 336, for an image of `size` = (width, height)."""
     return max(size) / 336
 
 
-# ---- made by hand --------------------------------------------------------------------------------------------------
+# -- made by hand ----------------------------------------------------------------------------------------------------
 
-def make_marker(kind, geometry, size, color="red", width=None, alpha=128 / 255, radius=None, filled=True):
+def make_marker(kind: str, geometry, size: tuple[int, int], color="red", width: float | None = None,
+                alpha: float = 128 / 255, radius: float | None = None, filled: bool = True) -> Marker:
     """A Marker of what a person gives, in pixels of an image of `size` = (width, height). ValueError if malformed.
 
     geometry   rectangle, ellipse: x0, y0, x1, y1 | triangle: three x, y | point: x, y | scribble: two or more x, y,
@@ -243,11 +243,6 @@ def make_marker(kind, geometry, size, color="red", width=None, alpha=128 / 255, 
     return Marker(kind, points, **style)
 
 
-def arrow_to(tip, size, **style):
-    """An arrow to `tip` = (x, y) whose tail lies where the image has room; `style` as for `make_marker`."""
-    return make_marker("arrow", [tip], size, **style)
-
-
 def _tail(tip, size):
     """50 s pixels from the tip, aslant and towards the middle; less where the image is too narrow for that."""
     step = 50 * scale_of(size) / math.sqrt(2)
@@ -264,7 +259,7 @@ def _stroke(points):
     return controls
 
 
-# ---- sampled -------------------------------------------------------------------------------------------------------
+# -- sampled ---------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Distribution:
@@ -427,7 +422,7 @@ def _sample_point(region, size, generator, d, s):
     inside = _one_part(region, size, generator)
     x0, y0, x1, y1 = inside.box
 
-    def normal():      # Box-Muller: numpy does not promise to keep its own normal() the same
+    def normal():      # Box-Muller, from uniform numbers alone: numpy may change how its normal() makes them
         radius = math.sqrt(-2 * s * d.point_spread * math.log(1 - generator.random()))
         angle = math.tau * generator.random()
         return radius * math.cos(angle) * math.sqrt(x1 - x0), radius * math.sin(angle) * math.sqrt(y1 - y0)
@@ -464,7 +459,8 @@ SAMPLERS = dict(zip(KINDS, (_sample_rectangle, _sample_ellipse, _sample_triangle
                             _sample_mask, _sample_mask, _sample_arrow)))
 
 
-def sample_marker(region, size, generator, kind=None, color=None, distribution=RELEASED):
+def sample_marker(region: Region, size: tuple[int, int], generator: np.random.Generator, kind: str | None = None,
+                  color=None, distribution: Distribution = RELEASED) -> Marker:
     """A random Marker for a region of an image of `size` = (width, height), drawn from a numpy Generator.
 
     kind None takes one of the distribution's kinds; color None a name about half the time, else any rgb. ValueError
@@ -485,7 +481,7 @@ def sample_marker(region, size, generator, kind=None, color=None, distribution=R
     return Marker(kind, color=color, alpha=alpha, width=width, **SAMPLERS[kind](region, size, generator, d, s))
 
 
-# ---- drawn ---------------------------------------------------------------------------------------------------------
+# -- drawn -----------------------------------------------------------------------------------------------------------
 
 def _raster(region, crop, outline=False):
     """The mask of a region, or its outline of one pixel, in the crop x0, y0, x1, y1: bool (y1 - y0, x1 - x0)."""
@@ -509,7 +505,10 @@ def _contour(m, crop):
     w, (x0, y0, x1, y1) = m.width, crop
     line = _raster(m.mask, (x0 - w, y0 - w, x1 + w, y1 + w), outline=True)      # w more on each side
     for _ in range(2):
-        line = np.logical_or.reduce([line[i:len(line) - 2 * w + i] for i in range(2 * w + 1)]).T
+        grown = line[:len(line) - 2 * w].copy()
+        for i in range(1, 2 * w + 1):
+            grown |= line[i:len(grown) + i]
+        line = grown.T
     return line      # of the crop again
 
 
@@ -570,7 +569,7 @@ def _stencil(m, crop, level, steps):
     return image
 
 
-def draw(image, markers):
+def draw(image: Image.Image, markers: Iterable[Marker]) -> Image.Image:
     """A new RGB image with the markers blended onto it in order; all other pixels keep their values. ValueError for a
     marker of which nothing lies on the image, and for a bitmap that is not of the image's size."""
     image = image.copy() if image.mode == "RGB" else image.convert("RGB")
@@ -587,7 +586,7 @@ def draw(image, markers):
     return image
 
 
-def main(path):
+def main(path: str) -> None:
     """Write a sheet of the eight markers of one concave region."""
     size, generator, sheet = (240, 180), np.random.default_rng(7), Image.new("RGB", (960, 360))
     region = Region(polygons=((60, 40, 180, 50, 170, 130, 120, 80, 70, 140),))

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 import overlay
-from overlay import (COLORS, CONSTANT, EVALUATION, KINDS, RELEASED, Distribution, Marker, Region, arrow_to, draw,
+from overlay import (COLORS, CONSTANT, EVALUATION, KINDS, RELEASED, Distribution, Marker, Region, draw,
                      make_marker, phrase, sample_marker)
 
 W, H = SIZE = (96, 70)
@@ -83,7 +83,7 @@ def lies_inside(region, x, y):
     return x0 - 0.005 <= x <= x1 + 0.005 and y0 - 0.005 <= y <= y1 + 0.005      # a box is rounded to 1/100 pixel
 
 
-# ---- sampling ------------------------------------------------------------------------------------------------------
+# -- sampling --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", REGIONS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -277,7 +277,7 @@ def test_same_seed_same_marker(kind):
     assert summary(first) == GOLDEN[kind]
 
 
-# ---- drawing -------------------------------------------------------------------------------------------------------
+# -- drawing ---------------------------------------------------------------------------------------------------------
 
 def reference(image, m):
     """A marker the slow way: on a transparent canvas of the image's size, then composited over the image."""
@@ -394,7 +394,7 @@ def test_bitmaps_and_polygons_agree():
         assert touched(blank(), a).any() and a.tobytes() == b.tobytes()
 
 
-# ---- made by hand --------------------------------------------------------------------------------------------------
+# -- made by hand ----------------------------------------------------------------------------------------------------
 
 def test_made_by_hand():
     """Guards: defaults that ignore the image's size, geometry that is taken for something else."""
@@ -422,11 +422,11 @@ def test_made_by_hand():
 
 
 @pytest.mark.parametrize("size", [SIZE, (640, 480), (1000, 12), (5, 7)])
-def test_arrow_to_stays_on_the_image(size):
+def test_an_arrow_to_a_tip_stays_on_the_image(size):
     """Guards: a tail beyond the border, or on its tip, wherever the tip is."""
     w, h = size
     for tip in ((0, 0), (w - 1, 0), (0, h - 1), (w - 1, h - 1), (w / 2, h / 2), (w / 3, h - 1)):
-        m = arrow_to(tip, size, color="blue", width=2)
+        m = make_marker("arrow", [tip], size, color="blue", width=2)
         (x, y), end = m.points
         assert end == pytest.approx(tip, abs=0.005) and 0 <= x <= w - 1 and 0 <= y <= h - 1
         assert math.dist(m.points[0], end) > 0.5 and touched(blank(size), draw(blank(size), [m])).any()
