@@ -18,14 +18,14 @@ Pitfalls
 Prompts and the rule for images are those of the released code (llava/conversation.py, tokenizer_image_token).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 IMAGE = -200                            # in a prompt: the patch embeddings of one image go here
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Prompts: what stands around questions and answers
+# -- prompts: what stands around questions and answers ---------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Special:
@@ -91,7 +91,7 @@ TEMPLATES = {
 }
 
 
-def encode_chat(tokenizer, template_name, turns):
+def encode_chat(tokenizer, template_name: str, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
     """The prompt of `turns`: (ids, trained), with IMAGE for each image, and trained[t] true where ids[t] is learned.
 
     For sampling, the last answer is None and the ids end where the model is to speak; for training it is given, and
@@ -145,7 +145,7 @@ def _template(name):
     return TEMPLATES[name]
 
 
-def stop_ids(tokenizer, template_name):
+def stop_ids(tokenizer, template_name: str) -> set[int]:
     """The set of ids that end an answer. (llava_v0 and plain end at a text: `Stream(stop=TEMPLATES[name].stop)`.)"""
     names = _template(template_name).stop_names
     return {tokenizer.eos} | {tokenizer.specials[name] for name in names if name in tokenizer.specials}

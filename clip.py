@@ -40,7 +40,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOR = tuple(int(255 * m) for m in MEAN)  # (122, 116, 104)
 
 
-# -- images -> pixels -------------------------------------------------------------------------------------------------
+# -- images -> pixels ------------------------------------------------------------------------------------------------
 
 
 def open_image(path) -> Image.Image:
@@ -58,7 +58,7 @@ def open_image(path) -> Image.Image:
             with Image.open(path) as image:
                 return upright(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, the limit; make it smaller") from None
+        raise ValueError(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, the limit; shrink it") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image; expected a JPEG, PNG, WebP, GIF, BMP or TIFF file") from None
     except (OSError, SyntaxError) as error:
@@ -115,7 +115,7 @@ def preprocess(image: Image.Image, size: int, mode: str = "pad") -> torch.Tensor
     return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
-# -- the transformer that both towers share -----------------------------------------------------------------------------
+# -- the transformer that both towers share --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
 
 
-# -- the two towers ---------------------------------------------------------------------------------------------------
+# -- the two towers --------------------------------------------------------------------------------------------------
 
 
 class CLIPVision(nn.Module):
@@ -236,7 +236,8 @@ class CLIPVision(nn.Module):
         """
         L = self.config.layers
         if not layers or not all(-L - 1 <= i <= L for i in layers):
-            raise ValueError(f"feature layers {tuple(layers)}; expected one or more of {-L - 1}…{L}, 0 being the embeddings")
+            expected = f"expected one or more of {-L - 1}…{L}, 0 being the embeddings"
+            raise ValueError(f"feature layers {tuple(layers)}; {expected}")
         wanted = [i % (L + 1) for i in layers]  # -1 is the last of L + 1 states
         states = [self.embed(pixels)]
         for block in self.layers[: max(wanted)]:

@@ -1,7 +1,7 @@
 """LLaMA from scratch: the voice of ViP-LLaVA (Touvron et al., arXiv 2302.13971 and 2307.09288).
 
-One decoder runs LLaMA-2 and Vicuna, Llama-3 (fewer key heads than query heads) and Phi-3-mini-4k (the same network once
-its fused weights are split, with a sliding window). It takes embeddings, not ids, because an image enters as embeddings:
+One decoder runs LLaMA-2 and Vicuna, Llama-3 (fewer key heads than query heads) and Phi-3-mini-4k (the same network
+once its fused weights are split, with a sliding window). It takes embeddings, not ids, as an image enters as embeddings:
 
     embeds (B, T, C)   model.embed_tokens(ids), with patch embeddings spliced in
     hidden (B, T, C)   model(embeds): training, every position at once
@@ -11,10 +11,10 @@ Pitfalls
   * RoPE comes in two conventions. Official *Hugging Face* weights expect "rotate-half": channel i turns together with
     channel i + D/2. (Meta's own files interleave channels 2i and 2i + 1; their q and k rows are permuted.)
   * Angles are computed in float32 whatever the weights' type: in bfloat16, position 257 is the same as position 256.
-  * A batch of unequal prompts is padded on the *left*, so that all of them end in the same slot. `start` says where each
-    row begins; positions count from there, and nothing before it is ever attended to.
+  * A batch of unequal prompts is padded on the *left*, so that all of them end in the same slot. `start` says where
+    each row begins; positions count from there, and nothing before it is ever attended to.
 
-Letters: B batch, T new tokens, S cache slots, C width, H heads, K key-value heads, D head width, L layers, V vocabulary.
+Letters: B batch, T new tokens, S cache slots, C width, H heads, K key-value heads, D head width, L layers, V words.
 """
 
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ class KVCache:
         return self.k[layer], self.v[layer]
 
 
-# -- leaves -----------------------------------------------------------------------------------------------------------
+# -- leaves ----------------------------------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -152,7 +152,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-# -- the decoder ------------------------------------------------------------------------------------------------------
+# -- the decoder -----------------------------------------------------------------------------------------------------
 
 
 class Llama(nn.Module):
@@ -218,7 +218,7 @@ class Llama(nn.Module):
         return self.lm_head(self(self.embed_tokens(ids[:, None]), cache)[:, -1])
 
 
-# -- from logits to a token ---------------------------------------------------------------------------------------------
+# -- from logits to a token ------------------------------------------------------------------------------------------
 
 
 def sample(
@@ -230,9 +230,9 @@ def sample(
 ) -> torch.Tensor:
     """logits (B, V) -> ids (B,).
 
-    temperature 0 takes the likeliest token. Otherwise logits / temperature, then only the top_k likeliest (0: all), then
-    only the likeliest ones whose probabilities first sum to top_p, as Hugging Face orders the three. `generator` lives on
-    the logits' device; None is PyTorch's global one. Raises ValueError for a value out of range.
+    temperature 0 takes the likeliest token. Otherwise logits / temperature, then only the top_k likeliest (0: all),
+    then only the likeliest ones whose probabilities first sum to top_p, as Hugging Face orders the three. `generator`
+    lives on the logits' device; None is PyTorch's global one. Raises ValueError for a value out of range.
     """
     if not ((temperature == 0 or 1e-6 <= temperature < float("inf")) and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(

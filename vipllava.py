@@ -15,8 +15,8 @@ Nothing tells the model where a marker is, except the marker's own pixels.
 Pitfalls
   * The projector's GELU is the exact one (erf); CLIP's is quick_gelu.
   * Image patches take ordinary positions and are masked causally, like words.
-  * Embedding rows from `image_token_id` on were added when a checkpoint was converted; nobody trained them, so nothing
-    here ever samples them.
+  * Embedding rows from `image_token_id` on, the image's own among them, were added when a checkpoint was converted;
+    nobody trained them, so nothing here ever samples them.
 
     model, tokenizer = checkpoint.load("tiny")
     for (token,) in model.generate([ids], pixels, max_new_tokens=64, stop_ids={tokenizer.eos}): ...
@@ -104,7 +104,7 @@ class ViPLLaVA(nn.Module):
         target = labels[:, 1:]
         trained = target != IGNORE
         if not trained.any():
-            raise ValueError(f"none of the labels {tuple(labels.shape)} is trained: all are {IGNORE}, or only the first")
+            raise ValueError(f"none of the labels {tuple(labels.shape)} is trained: all, but perhaps the first, are {IGNORE}")
         return F.cross_entropy(self.llama.lm_head(hidden[trained]).float(), target[trained])
 
     @torch.inference_mode()
@@ -122,8 +122,8 @@ class ViPLLaVA(nn.Module):
     ) -> Iterator[list[int | None]]:
         """Answer a batch of prompts, one token a row at a time: yields lists of B ids, None for a row that has ended.
 
-        prompts: B lists of ids with one IMAGE for each image; pixels: all their images in reading order. A row ends with
-        any of stop_ids (which are not yielded) or after max_new_tokens. Sampling options: see llama.sample. Raises
+        prompts: B lists of ids with one IMAGE for each image; pixels: all their images in reading order. A row ends
+        with any of stop_ids (which are not yielded) or after max_new_tokens. Sampling options: see llama.sample. Raises
         ValueError, before anything is computed, when prompts and images don't match or don't fit the context.
         """
         rows = [expand(p, self.config.vision.patches) for p in prompts]
@@ -148,7 +148,6 @@ class ViPLLaVA(nn.Module):
             if step + 1 < max_new_tokens:
                 logits = self.llama.decode(token, cache)
 
-
     def _check_request(self, prompts, rows, pixels, max_new_tokens: int) -> None:
         if not prompts or not all(prompts) or max_new_tokens < 0:
             raise ValueError(
@@ -165,7 +164,7 @@ class ViPLLaVA(nn.Module):
             )
 
 
-# -- batches ----------------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------------------------
 
 
 def expand(ids: Sequence[int], patches: int) -> list[int]:

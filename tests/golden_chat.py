@@ -1,15 +1,17 @@
 """Make golden/tiny.model, a small sentencepiece model, and golden/chat.json, what sentencepiece makes of texts and
-prompts with it. tests/test_chat.py and test_tokenizer.py compare with them; nothing of ours is used here.
+prompts with it. tests/test_chat.py and test_tokenizer.py compare with them; nothing of ours is used for that.
 
 Needs `pip install sentencepiece protobuf` (the files are of sentencepiece 0.2.3). Run from anywhere:
 
     python tests/golden_chat.py
+    python tests/golden_chat.py --check tokenizer.model     # ours against sentencepiece: 20,000 random texts
 """
 
 import io
 import json
 import random
 import re
+import sys
 from pathlib import Path
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -139,5 +141,22 @@ def main():
     print(f"{with_prefix.vocab_size()} pieces, {len(texts)} texts, {len(prompts)} prompts")
 
 
+def check(path, number=20_000):
+    """Compare our Tokenizer with sentencepiece on random texts: ids with the dummy prefix and without, and the text
+    that ids give. Returns the number of mismatches."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tokenizer import Tokenizer
+    ours, (with_prefix, without) = Tokenizer.load(path), processors(Path(path).read_bytes())
+    wrong = 0
+    for text in random_texts(number):
+        ids = with_prefix.encode(text)
+        same = ours.encode(text) == ids and ours.encode(text, False) == without.encode(text)
+        if not same or ours.decode(ids) != with_prefix.decode(ids):
+            wrong += 1
+            print(f"mismatch: {text!r}")
+    print(f"{number - wrong} of {number} random texts agree")
+    return wrong
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(check(sys.argv[2]) > 0 if sys.argv[1:2] == ["--check"] else main())

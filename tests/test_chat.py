@@ -39,7 +39,7 @@ def test_llama_3_prompt_equals_the_string_with_special_tokens(llama_3_file):
     assert stop_ids(tokenizer, "llava_llama_3") == {eot, end}
 
 
-# -------------------------------------------------------------------------------------------------- text remains text
+# -- text remains text -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_special_strings_in_a_text_are_letters(tokenizers, template):
@@ -64,7 +64,7 @@ def test_a_later_turn_may_bring_an_image(tiny):
     assert ids.count(IMAGE) == 1 and ids.index(IMAGE) > ids.index(tiny.eos)
 
 
-# --------------------------------------------------------------------------------------------------------- label mask
+# -- label mask ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_exactly_the_answers_and_their_ends_are_trained(tokenizers, template):
@@ -116,7 +116,7 @@ def test_a_cut_that_no_token_crosses_changes_no_id(tiny):
         assert ids[ids.index(IMAGE) + 1:] == tiny.encode(whole), answer
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# -- errors ----------------------------------------------------------------------------------------------------------
 
 def test_mistakes_in_a_prompt_are_one_line(tiny):
     """Bug: a mistake of the user ends in a traceback, or in a prompt that means something else."""

@@ -18,7 +18,7 @@ from tokenizer import Stream, Tokenizer
 ROOT = Path(__file__).parent.parent
 
 
-# ------------------------------------------------------------------------------------------------------ sentencepiece
+# -- sentencepiece ---------------------------------------------------------------------------------------------------
 
 def test_encode_and_decode_equal_sentencepiece(tiny):
     """Bugs: merges in a wrong order (runs of spaces), "<s>" or "<0x0A>" found in a text, a lost dummy prefix."""
@@ -28,7 +28,7 @@ def test_encode_and_decode_equal_sentencepiece(tiny):
         assert tiny.decode(ids) == decoded, repr(text)
 
 
-# ---------------------------------------------------------------------------------------------------------- streaming
+# -- streaming -------------------------------------------------------------------------------------------------------
 
 def test_stream_never_shows_half_a_character(tokenizers):
     """Bugs: U+FFFD shown for half an emoji, a space too many at the start, text lost at the end."""
@@ -78,7 +78,7 @@ def test_decode_skips_special_tokens_and_refuses_unknown_ids(tiny):
             tiny.decode([i])
 
 
-# ---------------------------------------------------------------------------------------------------- files, training
+# -- files, training -------------------------------------------------------------------------------------------------
 
 def same(one, other):
     return all(one.encode(text) == other.encode(text) and one.decode(ids) == other.decode(ids)

@@ -378,7 +378,7 @@ def test_the_golden_cases_are_good():
         assert max(max(p) for p in prompts_of(case, IMAGE)) < case["image_token_id"]
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
