@@ -35,6 +35,7 @@ from PIL import Image, ImageDraw
 
 from chat import Turn
 from commandline import Parser, run
+from data.records import Sample
 from overlay import KINDS, RELEASED, Distribution, Marker, Region, draw, phrase, sample_marker
 
 # -- what a scene may hold; all lengths in parts of the image's shorter side -----------------------------------------
@@ -95,13 +96,6 @@ class Scene:
     size: tuple[int, int]
     objects: tuple[Object, ...]
     background: Background
-
-
-@dataclass(frozen=True)
-class Sample:
-    image: Image.Image            # unmarked
-    markers: tuple[Marker, ...]
-    turns: tuple[Turn, ...]
 
 
 # -- shapes: unit polygons, centered on their bounds, within a circle of radius 1 ------------------------------------

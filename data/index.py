@@ -1,0 +1,139 @@
+"""A JSON file as a sequence: record i of millions, read alone, from a file that would not fit into memory.
+
+    records = JSONFile("vip-llava_stage2_mix.json")     # an array of objects, or JSON lines: an object a line
+    len(records), records[7], records.line(7)           # line 7's number, for a message about it
+
+A file is read through once, and where each record begins and ends is kept in a hidden file beside it: 24 bytes a
+record, mapped the next time, which starts at once. The index is made anew when the file's size or time has changed.
+
+Pitfall: bytes are read as Latin-1 while we look for the ends of records, one character a byte, so that positions in
+the text are positions in the file. JSON's own signs are ASCII, and what is decoded on the way is thrown away.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+WINDOW = 1 << 22  # bytes read at a time
+LONGEST = 1 << 26  # bytes of a record; a longer one is taken for a damaged file
+SPACE = " \t\r\n"
+
+
+class JSONFile(Sequence):
+    """The records of a JSON array or of JSON lines. ValueError: it is neither, or damaged; FileNotFoundError."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no file {self.path}")
+        self._table = self._load() if self._index.is_file() else None
+        if self._table is None:
+            self._table = self._build()
+        self._file, self._owner = None, None
+
+    @property
+    def _index(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.index.npy")
+
+    def _stamp(self) -> list[int]:
+        stat = self.path.stat()
+        return [stat.st_size, stat.st_mtime_ns, -1]
+
+    def _load(self) -> np.ndarray | None:
+        try:
+            table = np.load(self._index, mmap_mode="r")
+        except (ValueError, OSError, EOFError):  # damaged: as good as none
+            return None
+        good = table.ndim == 2 and table.shape[1] == 3 and table.dtype == np.int64 and len(table)
+        return table if good and table[0].tolist() == self._stamp() else None
+
+    def _build(self) -> np.ndarray:
+        stamp = self._stamp()
+        with open(self.path, "rb") as file:
+            first = next((b for b in iter(lambda: file.read(1), b"") if b not in (b" ", b"\t", b"\r", b"\n")), b"")
+            if first not in (b"[", b"{"):
+                raise ValueError(f"{self.path} begins with {first!r}; expected a JSON array or JSON lines")
+            file.seek(0)
+            places = np.fromiter(_array(file, self.path) if first == b"[" else _lines(file), dtype=(np.int64, 3))
+        table = np.concatenate([np.array([stamp], dtype=np.int64), places.reshape(-1, 3)])
+        beside = self._index.with_name(f"{self._index.name}.{os.getpid()}.part")
+        try:
+            with open(beside, "wb") as file:
+                np.save(file, table)
+            beside.replace(self._index)
+        except OSError:  # a folder that can't be written: the next start reads the file through again
+            return table
+        return np.load(self._index, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self._table) - 1
+
+    def line(self, i: int) -> int:
+        """The number of the line on which record i begins, the first being 1."""
+        return int(self._table[1 + range(len(self))[i], 2])
+
+    def __getitem__(self, i: int) -> dict:
+        start, end, line = self._table[1 + range(len(self))[i]].tolist()
+        if self._owner != os.getpid():  # each process reads through a file of its own
+            self._file, self._owner = open(self.path, "rb", buffering=0), os.getpid()
+        self._file.seek(start)
+        try:
+            record = json.loads(self._file.read(end - start))
+        except ValueError as error:
+            raise ValueError(f"line {line} is not valid JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"line {line} holds a {type(record).__name__}; expected an object")
+        return record
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_file": None, "_owner": None}
+
+
+def _lines(file) -> Iterator[tuple[int, int, int]]:
+    """(start, end, line number) of every line that is not blank."""
+    start = 0
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield start, start + len(line), number
+        start += len(line)
+
+
+def _array(file, path: Path) -> Iterator[tuple[int, int, int]]:
+    """(start, end, line number) of every element of the array that the file holds."""
+    decoder = json.JSONDecoder(strict=False)
+    text, base, at = "", 0, 0  # text[0] is byte `base` of the file
+    counted, line = 0, 1  # text[counted] lies on line `line`
+    due = "["  # what is due: "[", then "first" element or "]", then "," or "]", then an "element" … and the "end"
+    while True:
+        while at < len(text) and text[at] in SPACE:
+            at += 1
+        line, counted = line + text.count("\n", counted, at), at
+        if at == len(text):
+            text, base, at, counted = file.read(WINDOW).decode("latin-1"), base + at, 0, 0
+            if text:
+                continue
+            if due == "end":
+                return
+            raise ValueError(f"{path} ends in its array, on line {line}; is the file whole?")
+        sign = text[at]
+        if due in ("first", "element") and sign == "{":
+            while True:
+                try:
+                    _, end = decoder.raw_decode(text, at)
+                    break
+                except ValueError as error:  # damaged, or cut by the window
+                    more = "" if len(text) - at > LONGEST else file.read(max(WINDOW, len(text) - at)).decode("latin-1")
+                    if not more:
+                        raise ValueError(f"{path}, line {line}: a damaged record ({error.msg})") from None
+                    text, base, at, counted = text[at:] + more, base + at, 0, 0
+            yield base + at, base + end, line
+            at, due = end, ","
+        elif sign == "]" and due in ("first", ","):
+            at, due = at + 1, "end"
+        elif sign == due:
+            at, due = at + 1, {"[": "first", ",": "element"}[sign]
+        else:
+            raise ValueError(f"{path}, line {line}: {sign!r}; expected a JSON array of objects")

@@ -1,0 +1,98 @@
+"""JSON files as sequences."""
+
+import json
+import multiprocessing
+import os
+import random
+
+import numpy as np
+import pytest
+
+from data import index
+from data.index import JSONFile
+
+
+def records(n=400):
+    r = random.Random(0)
+    odd = ['ü{["', "a\\", "\u2028é中", "}{],\n", "🐱"]
+    return [{"id": f"x-{i}", "t": r.choice(odd) * r.randint(0, 9), "n": [1, {"a": []}]} for i in range(n)]
+
+
+@pytest.mark.parametrize("window", [7, 64, 1 << 22])
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("ascii", [True, False])
+def test_an_array_as_a_sequence(tmp_path, monkeypatch, window, indent, ascii):
+    """Guards against a record cut at a window's end, a bracket in a text, a character of several bytes, and a line
+    number that drifts: with windows of 7 bytes every record is cut many times."""
+    monkeypatch.setattr(index, "WINDOW", window)
+    path, wanted = tmp_path / "a.json", records()
+    path.write_text("\n " + json.dumps(wanted, indent=indent, ensure_ascii=ascii) + "\n", encoding="utf-8")
+    file = JSONFile(path)
+    assert len(file) == 400 and list(file) == wanted and file[-1] == wanted[-1]
+    text = path.read_bytes()
+    for i in (0, 1, 77, 399):
+        start = text.rindex(b"{", 0, text.index(f'"x-{i}"'.encode()))
+        assert file.line(i) == text.count(b"\n", 0, start) + 1
+
+
+def test_json_lines(tmp_path):
+    """Guards against blank lines counted as records, and against a damaged line that takes the others with it."""
+    path, wanted = tmp_path / "a.jsonl", records(3)
+    lines = [json.dumps(wanted[0]), "", '{"half": ', json.dumps(wanted[1]), "[1]", json.dumps(wanted[2])]
+    path.write_text("\n".join(lines))
+    file = JSONFile(path)
+    assert [file[i] for i in (0, 2, 4)] == wanted and [file.line(i) for i in range(5)] == [1, 3, 4, 5, 6]
+    for i, words in ((1, "line 3 is not valid JSON"), (3, "line 5 holds a list; expected an object")):
+        with pytest.raises(ValueError, match=words):
+            file[i]
+    with pytest.raises(IndexError):
+        file[5]
+
+
+@pytest.mark.parametrize("text, words", [
+    ('[{"a": 1},', "ends in its array, on line 1"), ('[{"a": 1}\n{"b": 1}]', "line 2: '{'"), ("[1]", "line 1: '1'"),
+    ('[{"a": 1}] x', "'x'"), ('[\n\n{"a"]', "line 3: a damaged record"), ("[,]", "','"), ("", "begins with b''"),
+    ("text", "begins with b't'"), ('[{"a": 1},]', "']'"),
+])  # fmt: skip
+def test_a_damaged_file_is_refused(tmp_path, text, words):
+    """Guards against an array of which only the first half is read, in silence."""
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        JSONFile(tmp_path / "a.json")
+
+
+def test_the_second_start_reads_the_index_only(tmp_path, monkeypatch):
+    """Guards against minutes of reading at each start, and against an index that outlives its file's content."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(records(5)))
+    assert isinstance(JSONFile(path)._table, np.memmap)
+    monkeypatch.setattr(index, "_array", None)  # would be called
+    assert list(JSONFile(path)) == records(5)
+    monkeypatch.undo()
+    path.write_text(json.dumps(records(6)))
+    assert list(JSONFile(path)) == records(6)
+    os.utime(path, ns=(0, 0))
+    (tmp_path / ".a.json.index.npy").write_bytes(b"damaged")
+    assert list(JSONFile(path)) == records(6)
+
+
+def test_a_folder_that_cant_be_written(tmp_path, monkeypatch):
+    """Guards against data on a read-only disk that can't be trained on."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(records(5)))
+    monkeypatch.setattr(index.np, "save", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
+    assert list(JSONFile(path)) == records(5)
+
+
+def _read(file):
+    return [file[i]["id"] for i in range(len(file))]
+
+
+def test_processes_read_each_for_itself(tmp_path):
+    """Guards against a file position that forked processes share: each reads the other's records."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(records(300)))
+    file = JSONFile(path)
+    assert file[0]["id"] == "x-0"  # opened before the fork
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert pool.map(_read, [file] * 8) == [[f"x-{i}" for i in range(300)]] * 8
