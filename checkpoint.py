@@ -48,6 +48,7 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import lora
 from chat import TEMPLATES, stop_ids
 from clip import CLIP, MEAN, STD, TextConfig, VisionConfig
 from hub import find
@@ -390,9 +391,13 @@ def load(path_or_name, device=None, dtype: torch.dtype | None = None, clip=None)
     """A ViP-LLaVA in Hugging Face's or the official layout, in eval mode, and its tokenizer.
 
     path_or_name: see `find`. device: None is CUDA where there is one. dtype: None leaves it to `default_dtype`. clip:
-    another CLIP whose image tower is to be used; DEFAULT_CLIP's is where the official layout has none inside.
+    another CLIP whose image tower is to be used; DEFAULT_CLIP's is where the official layout has none inside. A folder
+    with an adapter (lora.py) gives its base with the adapter merged.
     """
     folder = find(path_or_name)
+    if what := lora.about(folder):
+        model, tokenizer = load(what["base"], device, dtype, clip)
+        return lora.merge(lora.load(model, folder)).requires_grad_(True), tokenizer
     config = read_json(folder / "config.json")
     kind, tower = config.get("model_type"), str(config.get("mm_vision_tower"))
     official = kind in OFFICIAL and "clip_4layers_336" in tower

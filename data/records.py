@@ -36,8 +36,8 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 if not __package__:  # run as a file: what it imports lies one floor up
@@ -57,9 +57,15 @@ from tokenizer import Stream, Tokenizer
 
 @dataclass(frozen=True)
 class Sample:
-    image: Image.Image | None  # unmarked
+    """What is asked about a marked image. The image, unmarked, is opened when it is first looked at."""
+
+    open: Callable[[], Image.Image] | None
     markers: tuple[Marker, ...]
     turns: tuple[Turn, ...]
+
+    @cached_property
+    def image(self) -> Image.Image | None:
+        return None if self.open is None else self.open()
 
 
 # -- looks: how several regions are marked so that words can tell them apart ------------------------------------------
@@ -407,10 +413,24 @@ def _mark(plan: Plan, generator: np.random.Generator, size) -> tuple[list[Look],
 
 
 def to_sample(record: dict, images: Path, generator: np.random.Generator) -> Sample:
-    """ValueError, with the reason, where the record is bad: its words, its regions, or its image."""
+    """ValueError, with the reason, where the words or regions of a record are bad; if the image is, once it is opened."""
     path = image_of(record, images)
-    image = open_image(path) if path else None
-    return Sample(image, *annotate(record, images, generator, image.size if image else None))
+    annotated = annotate(record, images, generator, size_of(path) if path else None)
+    return Sample(partial(open_image, path) if path else None, *annotated)
+
+
+@lru_cache(maxsize=100_000)
+def size_of(path: Path) -> tuple[int, int]:
+    """(width, height) of an image as it is seen, from its header."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            return (height, width) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} can't be read as an image ({type(error).__name__}); is the file whole?") from None
+
+
+MALFORMED = (ValueError, TypeError, AttributeError, KeyError, IndexError, OSError)  # all that a bad record may raise
 
 
 class Records:
@@ -434,8 +454,15 @@ class Records:
         record = None
         try:
             record = file[k]
-            return to_sample(record, self.images, np.random.default_rng([self.seed, self.epoch, i]))
-        except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+            sample = to_sample(record, self.images, np.random.default_rng([self.seed, self.epoch, i]))
+        except MALFORMED as error:
+            raise BadRecord(file, k, record, error) from None
+        return replace(sample, open=sample.open and partial(self._open, sample.open, file, k, record))
+
+    def _open(self, opened: Callable, file: JSONFile, k: int, record: dict) -> Image.Image:
+        try:
+            return opened()
+        except (ValueError, OSError) as error:
             raise BadRecord(file, k, record, error) from None
 
 
@@ -452,14 +479,6 @@ class BadRecord(ValueError):
 # -- commands --------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=100_000)
-def _size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image as it is seen, from its header."""
-    with Image.open(path) as image:
-        width, height = image.size
-        return (height, width) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
-
-
 def check_range(task: tuple[JSONFile, Path, range]) -> tuple[Counter, list[tuple[int, str, str]]]:
     """How many records of a range are good, by kind, and (line, id, reason) of the others. Images are not decoded."""
     file, images, numbers = task
@@ -469,9 +488,9 @@ def check_range(task: tuple[JSONFile, Path, range]) -> tuple[Counter, list[tuple
         try:
             record = file[k]
             path = image_of(record, images)
-            annotate(record, images, np.random.default_rng([0, 0, k]), _size(path) if path else None)
+            annotate(record, images, np.random.default_rng([0, 0, k]), size_of(path) if path else None)
             good[kind_of(record)] += 1
-        except (ValueError, TypeError, AttributeError, KeyError, IndexError, OSError) as error:
+        except MALFORMED as error:
             one = BadRecord(file, k, record, error)
             bad.append((one.line, one.id, one.reason))
     return good, bad

@@ -27,6 +27,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from textwrap import wrap
 
@@ -288,14 +289,14 @@ def generator_for(split: str, seed: int, index: int) -> np.random.Generator:
 def caption_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224)) -> Sample:
     """An image and its caption, nothing asked: the plain template's pair."""
     scene = sample_scene(generator, size)
-    return Sample(render(scene), (), (Turn("", caption(scene), image=True),))
+    return Sample(partial(render, scene), (), (Turn("", caption(scene), image=True),))
 
 
 def marked_caption_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224),
                           kinds: Sequence[str] = KINDS, distribution: Distribution = RELEASED) -> Sample:
     """The same of an image with one to three markers, which the caption mentions: what a marker is, and where."""
     scene, things, markers = _marked_scene(generator, size, kinds, None, distribution)
-    return Sample(render(scene), markers, (Turn("", caption(scene, zip(things, markers)), image=True),))
+    return Sample(partial(render, scene), markers, (Turn("", caption(scene, zip(things, markers)), image=True),))
 
 
 def test_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224), kind: str = "arrow",
@@ -303,7 +304,7 @@ def test_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 22
     """One marker of this kind, "What is {phrase}?", one right answer: the held-out accuracy counts exact matches."""
     scene = sample_scene(generator, size)
     (thing,), (marker,) = sample_markers(generator, scene, 1, (kind,), distribution)
-    return Sample(render(scene), (marker,), (Turn(f"What is {phrase(marker)}?", describe(thing), image=True),))
+    return Sample(partial(render, scene), (marker,), (Turn(f"What is {phrase(marker)}?", describe(thing), image=True),))
 
 
 test_sample.__test__ = False   # pytest would take it for a test
@@ -325,7 +326,7 @@ def marker_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 
         asked.append(("Describe the image.", caption(scene)))
     asked = [asked[i] for i in generator.permutation(len(asked))]
     turns = tuple(Turn(question, answer, image=i == 0) for i, (question, answer) in enumerate(asked))
-    return Sample(render(scene), markers, turns)
+    return Sample(partial(render, scene), markers, turns)
 
 
 class NoMarkerError(ValueError):

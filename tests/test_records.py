@@ -233,6 +233,21 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(images):
     assert Records(data.files and [images / "a.json"], images, seed=1)[0].markers != first[0]
 
 
+def test_a_damaged_image_is_a_bad_record(images):
+    """Guards against a crash, or a gray square, where a download was cut: by its header, and by its pixels."""
+    Image.open(images / "a.png").save(images / "cut.jpg")
+    (images / "cut.jpg").write_bytes((images / "cut.jpg").read_bytes()[:2000])
+    (images / "text.png").write_text("not an image")
+    mix = [dict(OFFICIAL["v7w"], image=name) for name in ("text.png", "cut.jpg")]
+    (images / "mix.json").write_text(json.dumps(mix))
+    data = Records([images / "mix.json"], images)
+    with pytest.raises(BadRecord, match="line 1, v7w-2: .*text.png can't be read as an image"):
+        data[0]
+    sample = data[1]
+    with pytest.raises(BadRecord, match="line 1, v7w-2: .*cut.jpg can't be read as an image"):
+        sample.image
+
+
 def test_check_names_every_bad_record(images, capsys):
     """Guards against a check that stops at the first bad record, or counts them as good."""
     mix = [*OFFICIAL.values(), {"id": "odd"}, dict(OFFICIAL["v7w"], image="none.png"), 7]
