@@ -463,8 +463,9 @@ WRITTEN = re.compile(  # the files of a model
 )
 
 
-def save(model: ViPLLaVA, tokenizer: Tokenizer, folder, shard_bytes: float = 5e9) -> None:
-    """Write Hugging Face's VipLlava layout; the weights in files of at most `shard_bytes` (or of one tensor).
+def save(model: ViPLLaVA, tokenizer: Tokenizer, folder, shard_bytes: float = 5e9, state: dict | None = None) -> None:
+    """Write Hugging Face's VipLlava layout; the weights in files of at most `shard_bytes` (or of one tensor). state:
+    the model's, where its own tensors are shares of several processes.
 
     All is written to a hidden folder beside. Where `folder` is new, that is renamed; else its files are moved over,
     and till the last has come config.json says so: a model is whole, or it doesn't load. A model that `save` wrote is
@@ -475,7 +476,7 @@ def save(model: ViPLLaVA, tokenizer: Tokenizer, folder, shard_bytes: float = 5e9
     shutil.rmtree(beside, ignore_errors=True)  # of a save that was killed
     beside.mkdir(parents=True)
     try:
-        _write_weights(model, beside, shard_bytes)
+        _write_weights(model.config, state or model.state_dict(), beside, shard_bytes)
         _write_configs(model, tokenizer, beside)
     except BaseException:
         shutil.rmtree(beside)
@@ -514,14 +515,14 @@ def _rows(config: ViPLLaVAConfig) -> int:
     return config.text.vocab_size if needed <= config.text.vocab_size else -(-needed // 64) * 64
 
 
-def _write_weights(model: ViPLLaVA, folder: Path, shard_bytes: float) -> None:
-    shards, size, more = [[]], 0, _rows(model.config) - model.config.text.vocab_size
-    for name, p in model.state_dict().items():
+def _write_weights(config: ViPLLaVAConfig, state: dict, folder: Path, shard_bytes: float) -> None:
+    shards, size, more = [[]], 0, _rows(config) - config.text.vocab_size
+    for name, p in state.items():
         if size and size + p.nbytes > shard_bytes:
             shards, size = [*shards, []], 0
         shards[-1].append(name)
         size += p.nbytes
-    state, places, total = model.state_dict(), {}, 0
+    places, total = {}, 0
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors = {hub_name(name): state[name].cpu().contiguous() for name in names}  # on a CPU these are no copies

@@ -72,7 +72,7 @@ def add(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TARG
             raise ValueError(f"target {name!r}; expected one or more of {', '.join(TARGETS)}")
     for block in model.llama.layers:
         for part in (block.self_attn, block.mlp):
-            for name in set(targets) & dict(part.named_children()).keys():
+            for name in [name for name in TARGETS if name in targets and hasattr(part, name)]:  # always in this order
                 setattr(part, name, LoRALinear(getattr(part, name), rank, alpha, generator))
     return model
 
@@ -92,13 +92,15 @@ def merge(model: nn.Module) -> nn.Module:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def save(model: nn.Module, folder: str | Path, base: str) -> None:
-    """Write folder/adapter.safetensors: the matrices A and B, the projector, and what they belong to."""
+def save(model: nn.Module, folder: str | Path, base: str, state: dict | None = None) -> None:
+    """Write folder/adapter.safetensors: the matrices A and B, the projector, and what they belong to. state: the
+    model's, where its own tensors are shares of several processes."""
     parts = adapters(model)
     first = next(iter(parts.values()))
     rank, targets = first.lora_A.size(0), sorted({name.rpartition(".")[2] for name in parts})
     what = {"base": base, "rank": rank, "alpha": first.scale * rank, "targets": targets}
-    state = {name: x for name, x in model.state_dict().items() if ".lora_" in name or name.startswith("projector.")}
+    state = {name: x for name, x in (state or model.state_dict()).items()
+             if ".lora_" in name or name.startswith("projector.")}  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / f"{FILE}.part"

@@ -1,29 +1,27 @@
-"""Training: one loop that takes samples (image, markers, turns), draws, encodes, and lowers the loss of the answers.
+"""Training: one loop from drawn scenes to the paper's stages and LoRA; it lowers the loss of the answers.
 
-The paper's order at any scale: captions first (what is there, and where), then questions about marked objects. From
-nothing to the small model that ships in weights/tiny, on a laptop's CPU:
+    python train.py tiny-captions --out runs/captions                                       a small model from nothing
+    python train.py tiny-markers --model runs/captions --out runs/markers                   on a laptop's CPU
+    python train.py lora --model 7b --data mine.json --images photos --out runs/mine        your own records
+    torchrun --nproc-per-node 8 train.py stage2 --parallel fsdp --model DIR --data mix.json --images DIR --out runs/2
 
-    python train.py tiny-captions --out runs/captions
-    python train.py tiny-markers --model runs/captions --out runs/markers
-    python sample.py --model runs/markers --image examples/scene.png --arrow 322,92 "What is this?"
+A run folder gets checkpoints, a log (log.jsonl) and in the end the model, in the layout that checkpoint.load reads, or
+the adapter. The same command continues a run that was stopped, by Ctrl-C, SIGTERM or a crash: the newest whole
+checkpoint is taken up, and what a step learns from is a function of (seed, step) alone (data/batches.py).
 
-A run folder holds the model in the layout that checkpoint.load reads, the state that resumes it (state.pt) and a log
-(log.jsonl). The same command continues a run that was stopped, by Ctrl-C, SIGTERM or a crash: sample i of a run is a
-function of (seed, i) alone, so the continuation sees what the uninterrupted run would have seen.
+    loss of a step = sum of the answers' cross-entropies / number of their tokens, over all processes and micro-batches
 
-    sample     (image, markers, turns)     data.scenes
-    ids        (T,)      chat.encode_chat, each IMAGE expanded to N places
-    labels     (T,)      the id where the answer is, IGNORE elsewhere: known by construction
-    pixels     (3, S, S) overlay.draw, then clip.preprocess
+so one process with 8 samples, two with 4 and four micro-batches of 2 compute the same. Weights that are trained are
+kept in float32; in bfloat16, which is the default on a GPU, is what is frozen, and what is computed.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import time
@@ -31,71 +29,68 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+import torch.distributed as dist
+import torch.nn as nn
+import torch.utils.checkpoint
+from PIL import Image, ImageDraw
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import llama
-from chat import HUMAN, encode_chat
-from clip import VisionConfig, preprocess
+import lora
+import states
+from chat import HUMAN, TEMPLATES
+from clip import VisionConfig
 from commandline import Parser, check_device, run
 from data import scenes
-from evals.scenes import evaluate
-from overlay import draw
+from data.batches import SCENES, Examples, Micro, RecordSource, SceneSource, batches, parse_mix
+from data.records import Records
+from evals.scenes import answer, evaluate
 from tokenizer import Tokenizer
-from vipllava import IGNORE, ViPLLaVA, ViPLLaVAConfig, expand, pad
+from vipllava import IGNORE, ViPLLaVA, ViPLLaVAConfig
 
-
-SOURCES = {
-    "captions": scenes.caption_sample,
-    "markers": scenes.marker_sample,
-    "marked": scenes.marked_caption_sample,
-    # wider strokes, easier to begin with
-    "bold-markers": functools.partial(scenes.marker_sample, distribution=scenes.BOLD),
-    "bold-marked": functools.partial(scenes.marked_caption_sample, distribution=scenes.BOLD),
+TRAINED = {  # what may be trained: the beginnings of the parameters' names
+    "all": ("",),
+    "language": ("projector.", "llama."),
+    "projector": ("projector.",),
+    "lora": ("projector.", "lora"),
 }
-
-
-def parse_mix(text: str) -> tuple[list[str], list[float]]:
-    """ "markers=3,captions=1" -> (["markers", "captions"], [0.75, 1.0]), the upper bounds of a uniform draw."""
-    shares = {}
-    for part in text.split(","):
-        name, _, share = part.partition("=")
-        if name not in SOURCES:
-            raise ValueError(f"unknown data source {name!r}; expected {', '.join(SOURCES)}, as in markers=3,captions=1")
-        try:
-            shares[name] = float(share or 1)
-        except ValueError:
-            raise ValueError(f"the share of {name} is {share!r}; expected a number, such as {name}=3") from None
-        if not 0 < shares[name] < math.inf:
-            raise ValueError(f"the share of {name} is {share}; expected more than 0")
-    total, bounds = sum(shares.values()), []
-    for share in shares.values():
-        bounds.append((bounds[-1] if bounds else 0.0) + share / total)
-    return list(shares), bounds[:-1] + [1.0]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """All that decides what a run computes; every field is a flag of the command line."""
 
-    data: str  # sources and their shares, such as "markers=3,captions=1"
-    steps: int
-    batch: int = 32  # samples a step; on a plateau more steps help more than larger ones
+    data: str = ""  # files of records, a,b.json; or scenes and their shares, such as markers=3,captions=1
+    train: str = "all"  # one of TRAINED
+    epochs: float = 1.0  # over the records
+    steps: int = 0  # 0: as many as the epochs have
+    batch: int = 32  # samples a step, over all processes; on a plateau more steps help more than larger ones
     lr: float = 1e-3  # the peak: linear warm-up, then a cosine to zero
+    projector_lr: float = 0.0  # 0: lr
     warmup: float = 0.03  # of the steps
     weight_decay: float = 0.0
     grad_clip: float = 1.0  # largest norm of the gradient
+    template: str = ""  # of the prompts; "": the model's, "plain": answers alone, without questions
+    length: int = 2048  # tokens of a sample, its image included; more is a bad record
+    rank: int = 128  # of LoRA
+    alpha: float = 256.0
+    targets: str = ",".join(lora.TARGETS)
     side: int = 224  # of a scene, in pixels
     seed: int = 0
 
     def __post_init__(self):
-        parse_mix(self.data)
-        for name, low in (("steps", 1), ("batch", 1), ("side", 32), ("seed", 0), ("weight_decay", 0)):
+        for name, choices in (("train", TRAINED), ("template", ("", *TEMPLATES))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(filter(None, choices))}")
+        lows = {"steps": 0, "batch": 1, "side": 32, "seed": 0, "weight_decay": 0, "projector_lr": 0, "length": 1, "rank": 1}
+        for name, low in lows.items():
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {low} or more")
-        for name in ("lr", "grad_clip"):
+        for name in ("lr", "grad_clip", "epochs", "alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
         if not 0 <= self.warmup <= 1:
@@ -104,120 +99,235 @@ class Recipe:
 
 RECIPES = {
     "tiny-captions": Recipe("captions", steps=5000),
-    "tiny-markers": Recipe("markers=2,bold-markers=3,marked=2,bold-marked=2", steps=10_000),
+    "tiny-markers": Recipe("markers=2,bold-markers=3,marked=2,bold-marked=2", steps=20_000),
+    # the paper's
+    "stage1": Recipe(train="projector", batch=256, lr=1e-3, template="plain"),
+    "stage2": Recipe(train="language", batch=128, lr=2e-5),
+    "stage3": Recipe(train="language", batch=128, lr=2e-7),
+    "lora": Recipe(train="lora", batch=128, lr=2e-4, projector_lr=2e-5),
 }
 TINY = ViPLLaVAConfig(
     vision=VisionConfig(image_size=112, patch_size=14, width=128, layers=7, heads=4, mlp=512),
     text=llama.SIZES["tiny"],
     feature_layers=(-2, -3, -4, -5, 1),
 )
-POOL = 8  # batches
 
 
-# -- data ------------------------------------------------------------------------------------------------------------
+# -- what is trained -------------------------------------------------------------------------------------------------
 
 
-class Scenes(Dataset):
-    """Sample i, drawn and encoded: (ids, labels, pixels). The same for the same (recipe.seed, i), in any process."""
-
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, config: ViPLLaVAConfig):
-        self.recipe, self.tokenizer, self.config = recipe, tokenizer, config
-        self.sources, self.bounds = parse_mix(recipe.data)
-
-    def __getitem__(self, index: int) -> tuple[list[int], list[int], torch.Tensor]:
-        generator = scenes.generator_for("train", self.recipe.seed, index)
-        u = generator.random()
-        source = next(s for s, bound in zip(self.sources, self.bounds) if u < bound)
-        return encode(SOURCES[source](generator, (self.recipe.side,) * 2), self.tokenizer, self.config)
-
-
-def encode(sample: scenes.Sample, tokenizer: Tokenizer, config: ViPLLaVAConfig):
-    """One sample -> ids and labels (T,), pixels (3, S, S)."""
-    template = config.template if sample.turns[0].question else "plain"
-    ids, trained = encode_chat(tokenizer, template, sample.turns)
-    labels = [i if t else IGNORE for i, t in zip(ids, trained)]
-    labels = [label for i, label in zip(ids, labels) for _ in expand([i], config.vision.patches)]
-    pixels = preprocess(draw(sample.image, sample.markers), config.vision.image_size)
-    return expand(ids, config.vision.patches), labels, pixels
+def freeze(model: ViPLLaVA, recipe: Recipe, low: torch.dtype) -> None:
+    """Parameters that are trained: float32, with gradients. The others, also those of CLIP's blocks beyond the deepest
+    that is looked at: of dtype `low`, without."""
+    deepest = max(i % (model.config.vision.layers + 1) for i in model.config.feature_layers)
+    idle = ("vision.post_layernorm.", *(f"vision.layers.{i}." for i in range(deepest, model.config.vision.layers)))
+    if recipe.train == "lora":
+        generator = torch.Generator().manual_seed(recipe.seed)
+        lora.add(model, recipe.rank, recipe.alpha, recipe.targets.split(","), generator)
+    for name, p in model.named_parameters():
+        learns = name.startswith(TRAINED[recipe.train]) or recipe.train == "lora" and ".lora_" in name
+        p.requires_grad_(learns and not name.startswith(idle))
+        p.data = p.data.to(torch.float32 if p.requires_grad else low)
 
 
-def collate(rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> ids (B, T), labels (B, T), pixels (B, 3, S, S). Padded on the right, where causal attention never looks."""
-    ids, labels, pixels = zip(*rows)
-    return pad(ids, 0, side="right")[0], pad(labels, IGNORE, side="right")[0], torch.stack(pixels)
+def parameter_groups(model: ViPLLaVA, recipe: Recipe) -> list[dict]:
+    """For the optimizer: matrices decay, vectors don't; the projector may have a learning rate of its own."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            lr = recipe.projector_lr if name.startswith("projector.") and recipe.projector_lr else recipe.lr
+            groups.setdefault((lr, recipe.weight_decay if p.dim() > 1 else 0.0), []).append(p)
+    return [{"params": ps, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
 
 
-def batches(data: Dataset, recipe: Recipe, first: int, workers: int) -> Iterator:
-    """The batches of steps first … recipe.steps - 1. A pool of samples is sorted by length before it is cut into POOL
-    batches, which come in random order: so hardly anything of a batch is padding."""
-    pools = range(first // POOL, -(-recipe.steps // POOL))
-    indices = [range(p * POOL * recipe.batch, (p + 1) * POOL * recipe.batch) for p in pools]
-    loader = DataLoader(data, batch_sampler=indices, collate_fn=list, num_workers=workers)
-    for pool, rows in zip(pools, loader):
-        rows = sorted(rows, key=lambda row: len(row[0]))
-        for place, k in enumerate(np.random.default_rng([recipe.seed, pool]).permutation(POOL)):
-            if first <= pool * POOL + place < recipe.steps:
-                yield collate(rows[k * recipe.batch : (k + 1) * recipe.batch])
+def summary(model: ViPLLaVA) -> str:
+    """How many parameters of each part are trained, and how many are frozen."""
+    lines = []
+    for name, part in (("vision", model.vision), ("projector", model.projector), ("llama", model.llama)):
+        trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in part.parameters() if not p.requires_grad)
+        lines.append(f"{name:10} {trained:>13,} trained   {frozen:>13,} frozen")
+    return "\n".join(lines)
+
+
+def schedule(step: int, recipe: Recipe) -> float:
+    """The learning rate in parts of its peak."""
+    warm = max(1, round(recipe.warmup * recipe.steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))
+
+
+# -- processes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among `world` of them, and its device."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    def sum(self, value: float) -> float:
+        """The sum over all processes."""
+        if self.world == 1:
+            return value
+        x = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(x)
+        return x.item()
+
+    def most(self, value: int) -> int:
+        if self.world == 1:
+            return value
+        x = torch.tensor(value, device=self.device)
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        return int(x)
+
+
+def find_place(device: str | None) -> Place:
+    """What torchrun says in the environment; without it, the one process."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return Place(check_device(device))
+    chosen = check_device(device)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Place(chosen, dist.get_rank(), world)
+
+
+class Objective(nn.Module):
+    """The summed loss of a micro-batch, as one module whose forward DDP and FSDP can wrap.
+
+    Both wait for every weight's gradient from every process. So where one of several has no image, or no sample left,
+    it lets an empty one pass, which counts nothing.
+    """
+
+    def __init__(self, model: ViPLLaVA, low: torch.dtype, several: bool):
+        super().__init__()
+        self.model, self.low, self.several = model, low, several
+
+    def forward(self, ids, labels, pixels) -> torch.Tensor:
+        config, device = self.model.config.vision, self.model.projector.linear_1.weight.device
+        counts = 1.0
+        if ids is None:
+            ids, labels, counts = torch.zeros(1, 2, dtype=torch.long, device=device), None, 0.0
+        with torch.autocast(device.type, self.low, enabled=self.low != torch.float32):
+            loss = counts * self.model.loss(ids, ids if labels is None else labels, pixels, reduction="sum")
+            if pixels is None and self.several:
+                empty = torch.zeros(1, 3, config.image_size, config.image_size, device=device)
+                loss = loss + 0.0 * self.model.encode_images(empty).sum()
+        return loss
+
+
+def spread(objective: Objective, parallel: str, place: Place) -> nn.Module:
+    """The same, for several processes: whole copies (DDP), or each a share of every weight (FSDP2)."""
+    if parallel == "fsdp":
+        kept = objective.low if objective.low != torch.float32 else None
+        shard = functools.partial(fully_shard, mp_policy=MixedPrecisionPolicy(kept, torch.float32))
+        for block in (*objective.model.llama.layers, *objective.model.vision.layers):
+            shard(block)
+        return shard(objective)
+    if place.world > 1:
+        return DistributedDataParallel(objective, device_ids=[place.device] if place.device.type == "cuda" else None)
+    return objective
+
+
+def gradients(objective: nn.Module, micros: list[Micro], place: Place) -> tuple[float, int]:
+    """Backward through the micro-batches of a step -> the mean loss of all its answer tokens, and their number."""
+    tokens = place.sum(sum(int((m.labels[:, 1:] != IGNORE).sum()) for m in micros))
+    if not tokens:
+        return math.nan, 0
+    turns, total = place.most(len(micros)), 0.0
+    for k in range(turns):
+        micro = micros[k] if k < len(micros) else Micro([], None, None, None)
+        inputs = [None if x is None else x.to(place.device, non_blocking=True) for x in (micro.ids, micro.labels, micro.pixels)]
+        with _synchronised(objective, k == turns - 1):
+            loss = objective(*inputs) * (place.world / tokens)  # both DDP and FSDP take the mean over processes
+            loss.backward()
+        total += loss.detach()
+    for p in objective.parameters():  # of a step without images; several processes exchange zeros then, and Adam moves on
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)
+    return place.sum(float(total)) / place.world, int(tokens)
+
+
+@contextlib.contextmanager
+def _synchronised(objective: nn.Module, last: bool) -> Iterator[None]:
+    """Gradients are exchanged after the last micro-batch only."""
+    if isinstance(objective, DistributedDataParallel) and not last:
+        with objective.no_sync():
+            yield
+        return
+    if hasattr(objective, "set_requires_gradient_sync"):
+        objective.set_requires_gradient_sync(last)
+    yield
 
 
 # -- the loop --------------------------------------------------------------------------------------------------------
 
 
-def learning_rate(step: int, recipe: Recipe) -> float:
-    warm = max(1, round(recipe.warmup * recipe.steps))
-    if step < warm:
-        return recipe.lr * (step + 1) / warm
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))
+@dataclass(frozen=True)
+class Habits:
+    """How often, how fast and how loud; nothing of it changes what is learned."""
+
+    log_every: int = 50
+    eval_every: int = 500
+    save_every: int = 250
+    keep: int = 2
+    workers: int = 0
+    micro: int = 0
+    skip_bad: bool = False
+    plot: bool = False
+    peak_tflops: float = 0.0
 
 
-def train(model: ViPLLaVA, tokenizer: Tokenizer, recipe: Recipe, out: Path, *, workers, log, evals, save) -> None:
-    """Train to recipe.steps, or on from out/state.pt. log, evals, save: print, measure and save every so many steps."""
-    device = model.llama.embed_tokens.weight.device
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
-    first = load_state(out, model, optimizer, recipe)
-    data = batches(Scenes(recipe, tokenizer, model.config), recipe, first, workers)
+def train(model: ViPLLaVA, tokenizer: Tokenizer, source, recipe: Recipe, out: Path, base: str, place: Place, habits: Habits,
+          parallel="ddp", low=torch.float32, measure=None) -> None:
+    """Train to recipe.steps, or on from a checkpoint in `out`. measure(): accuracies to report."""
+    out.mkdir(parents=True, exist_ok=True)
+    objective = spread(Objective(model, low, place.world > 1), parallel, place)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, 0.98), fused=True)
+    about = {"recipe": dataclasses.asdict(recipe), "base": base}
+    first = states.load(out, model, optimizer, about)
+    journal = Journal(out, place.rank == 0, first, habits, place, flops_per_token(model))
+    data = Examples(source, tokenizer, model.config, recipe.template or None, recipe.length)
+    steps = batches(data, recipe.batch, recipe.seed, first, recipe.steps, micro=habits.micro, rank=place.rank,
+                    world=place.world, workers=habits.workers, pin=place.device.type == "cuda")  # fmt: skip
     stopping = stop_signals()
-    began, seen = time.perf_counter(), 0
-    for step, (ids, labels, pixels) in enumerate(data, first):
+    for step, (micros, bad) in enumerate(steps, first):
+        if bad and not habits.skip_bad:
+            raise bad[0]
+        journal.bad(bad)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
+            group["lr"] = group["peak"] * schedule(step, recipe)
         model.train()
-        loss = model.loss(ids.to(device), labels.to(device), pixels.to(device))
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
-        if not norm.isfinite():
-            raise ValueError(f"the loss is {loss.item()} and its gradient {norm.item()} at step {step}; lower --lr")
+        loss, tokens = gradients(objective, micros, place)
+        norm = nn.utils.clip_grad_norm_(trained, recipe.grad_clip)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if tokens and not math.isfinite(loss + norm):
+            names = ", ".join(name for micro in micros for name in micro.names)
+            raise ValueError(f"the loss is {loss} and its gradient {norm} at step {step}, on {names}; lower --lr")
         optimizer.step()
         optimizer.zero_grad()
 
-        done, seen = step + 1, seen + len(ids)
-        if done % log == 0 or done == recipe.steps:
-            rate = seen / (time.perf_counter() - began)
-            left = (recipe.steps - done) * recipe.batch / rate / 60
-            lr = learning_rate(step, recipe)
-            report(out, step=done, loss=round(loss.item(), 4), lr=round(lr, 7), norm=round(norm.item(), 3),
-                   rate=round(rate, 1), left=round(left, 1))
-            began, seen = time.perf_counter(), 0
-        if done % evals == 0 or done == recipe.steps:
-            report(out, step=done, accuracy=held_out_accuracy(model.eval(), tokenizer, recipe))
-            began = time.perf_counter()
-        stop = bool(stopping)  # read once: a signal may come at any moment
-        if done % save == 0 or done == recipe.steps or stop:
-            save_state(out, model, optimizer, recipe, done)
-            checkpoint.save(model, tokenizer, out)
+        done = step + 1
+        journal.step(done, recipe, micros, loss, norm)
+        if measure and (done % habits.eval_every == 0 or done == recipe.steps):
+            journal.report(step=done, accuracy=measure(model.eval()))
+        stop = place.most(bool(stopping))  # on any of the processes: all stop after the same step
+        if done % habits.save_every == 0 or done == recipe.steps or stop:
+            states.save(out, model, optimizer, done, about, habits.keep)
         if stop:
-            sys.exit(f"stopped after step {done} of {recipe.steps}; the same command continues")
-
-
-def held_out_accuracy(model: ViPLLaVA, tokenizer: Tokenizer, recipe: Recipe, n: int = 256) -> dict[str, float]:
-    """Exact matches on held-out scenes, by kind of marker; of whole captions, where a run trains on nothing else."""
-    source = "captions" if parse_mix(recipe.data)[0] == ["captions"] else "markers"
-    table = evaluate(model, tokenizer, n, source=source, split="val", seed=recipe.seed, side=recipe.side)
-    table["all"] = tuple(map(sum, zip(*table.values())))
-    return {name: round(right / seen, 3) for name, (right, seen) in table.items()}
+            break
+    publish(model, tokenizer, out, base, recipe, place)
+    if habits.plot and place.rank == 0:
+        plot(out)
+    if first < recipe.steps and done < recipe.steps:
+        sys.exit(f"stopped after step {done} of {recipe.steps}; the same command continues")
 
 
 def stop_signals() -> list[int]:
@@ -228,38 +338,104 @@ def stop_signals() -> list[int]:
     return stopping
 
 
-def report(out: Path, **fields) -> None:
-    """One line to read, and the same as JSON in log.jsonl."""
-    units = {"rate": "samples/s", "left": "min left"}
-    print("  ".join(f"{v} {units[k]}" if k in units else f"{k} {v}" for k, v in fields.items()), flush=True)
-    with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps(fields) + "\n")
+def publish(model: ViPLLaVA, tokenizer: Tokenizer, out: Path, base: str, recipe: Recipe, place: Place) -> None:
+    """What the run has made: an adapter, or a whole checkpoint."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if place.rank == 0:
+        if recipe.train == "lora":
+            lora.save(model, out, base, state)
+        else:
+            checkpoint.save(model, tokenizer, out, state=state)
+    if place.world > 1:
+        dist.barrier()
 
 
-def save_state(out: Path, model, optimizer, recipe: Recipe, step: int) -> None:
-    """All that the next step depends on, written beside and renamed."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"recipe": dataclasses.asdict(recipe), "step": step}
-    torch.save(state, out / "state.pt.part")
-    os.replace(out / "state.pt.part", out / "state.pt")
+# -- what is said ----------------------------------------------------------------------------------------------------
 
 
-def load_state(out: Path, model, optimizer, recipe: Recipe) -> int:
-    """The number of steps already done in this folder: 0 in a new one."""
-    if not (out / "state.pt").exists():
-        return 0
-    try:
-        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
-        before, now = state["recipe"], dataclasses.asdict(recipe)
-    except (RuntimeError, KeyError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{out}/state.pt can't be read ({type(error).__name__}); is it whole?") from None
-    if changed := [f"{key} {before.get(key)}, now {now[key]}" for key in now if before.get(key) != now[key]]:
-        expected = "expected the same flags, or another --out"
-        raise ValueError(f"{out} holds a run with another recipe ({'; '.join(changed)}); {expected}")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    print(f"resumed {out} at step {state['step']} of {recipe.steps}", flush=True)
-    return state["step"]
+def flops_per_token(model: ViPLLaVA) -> float:
+    """Of the decoder, attention's products left out: 2 a weight forward, 2 backward, and 2 for its own gradient."""
+    weights = [p for name, p in model.llama.named_parameters() if p.dim() > 1 and "embed" not in name]
+    return sum(p.numel() * (6 if p.requires_grad else 4) for p in weights)
+
+
+class Journal:
+    """A line now and then, the same as JSON in log.jsonl, and the bad records in bad.jsonl."""
+
+    def __init__(self, out: Path, speaks: bool, first: int, habits: Habits, place: Place, flops: float):
+        self.out, self.speaks, self.habits, self.place, self.flops = out, speaks, habits, place, flops
+        self.began, self.samples, self.tokens, self.skipped = time.perf_counter(), 0, 0, 0
+        if speaks and (out / "log.jsonl").is_file():  # steps after the state that is taken up will be told again
+            lines = [line for line in open(out / "log.jsonl") if line.endswith("\n") and json.loads(line)["step"] <= first]
+            (out / "log.jsonl.part").write_text("".join(lines))
+            os.replace(out / "log.jsonl.part", out / "log.jsonl")
+
+    def bad(self, records: list) -> None:
+        self.skipped += len(records)
+        if records:
+            with open(self.out / f"bad-{self.place.rank}.txt", "a") as file:
+                file.writelines(f"{record}\n" for record in records)
+
+    def step(self, done: int, recipe: Recipe, micros: list[Micro], loss: float, norm: float) -> None:
+        self.samples += sum(len(micro.names) for micro in micros)
+        self.tokens += sum(micro.ids.numel() for micro in micros)
+        if done % self.habits.log_every and done != recipe.steps:
+            return
+        samples, tokens, skipped = (self.place.sum(x) for x in (self.samples, self.tokens, self.skipped))
+        seconds = time.perf_counter() - self.began
+        said = {"step": done, "loss": loss, "lr": recipe.lr * schedule(done - 1, recipe), "norm": norm,
+                "samples/s": samples / seconds, "tokens/s": tokens / seconds}  # fmt: skip
+        if self.habits.peak_tflops:
+            said["MFU"] = self.flops * tokens / seconds / (1e12 * self.habits.peak_tflops * self.place.world)
+        if skipped:
+            said["bad"] = int(skipped)
+        said["min left"] = (recipe.steps - done) * recipe.batch / max(samples / seconds, 1e-9) / 60
+        self.report(**said)
+        self.began, self.samples, self.tokens = time.perf_counter(), 0, 0
+
+    def report(self, **said) -> None:
+        said = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in said.items()}
+        if self.speaks:
+            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in said.items()), flush=True)
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(said) + "\n")
+        self.began = time.perf_counter()
+
+
+def plot(out: Path, width: int = 640, height: int = 360) -> None:
+    """loss.png: the loss of every line of the log over the steps, the scale logarithmic."""
+    points = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    points = [(p["step"], p["loss"]) for p in points if p.get("loss", 0) > 0]
+    if len(points) < 2:
+        return
+    last, low, high = points[-1][0], min(v for _, v in points), max(v for _, v in points)
+    scale = math.log(high / low) or 1.0
+    image = Image.new("RGB", (width, height), "white")
+    pen, (x0, y0, x1, y1) = ImageDraw.Draw(image), (60, 10, width - 10, height - 30)
+    pen.rectangle((x0, y0, x1, y1), outline="black")
+    pen.line([(x0 + (x1 - x0) * step / last, y1 - (y1 - y0) * math.log(v / low) / scale) for step, v in points], fill="blue")
+    for text, place in ((f"{high:.3g}", (8, y0)), (f"{low:.3g}", (8, y1 - 12)), (f"step {last}", (x1 - 70, y1 + 8))):
+        pen.text(place, text, fill="black")
+    image.save(out / "loss.png")
+
+
+def held_out_scenes(model: ViPLLaVA, tokenizer: Tokenizer, recipe: Recipe, n: int = 256) -> dict[str, float]:
+    """Exact matches on held-out scenes, by kind of marker; of whole captions, where a run trains on nothing else."""
+    source = "captions" if parse_mix(recipe.data)[0] == ["captions"] else "markers"
+    table = evaluate(model, tokenizer, n, source=source, split="val", seed=recipe.seed, side=recipe.side)
+    table["all"] = tuple(map(sum, zip(*table.values())))
+    return {name: round(right / seen, 3) for name, (right, seen) in table.items()}
+
+
+def held_out_records(model: ViPLLaVA, tokenizer: Tokenizer, records: Records, n: int = 256) -> float:
+    """Exact matches, case folded, of the first answers of up to n records with images."""
+    chosen = [records[k * len(records) // n] for k in range(n)] if len(records) > n else list(records)
+    chosen, right = [sample for sample in chosen if sample.open], 0
+    for first in range(0, len(chosen), 16):
+        group = chosen[first : first + 16]
+        for sample, text in zip(group, answer(model, tokenizer, group, 64)):
+            right += text.strip().lower() == sample.turns[0].answer.strip().lower()
+    return round(right / max(1, len(chosen)), 3)
 
 
 # -- a small model from nothing --------------------------------------------------------------------------------------
@@ -269,7 +445,7 @@ def tiny_model(recipe: Recipe) -> tuple[ViPLLaVA, Tokenizer]:
     """A random ViP-LLaVA of TINY's sizes, 2.5 M parameters, and a tokenizer that knows the words of the scenes."""
     texts = []
     for index in range(1000):
-        for source in SOURCES.values():
+        for source in SCENES.values():
             sample = source(scenes.generator_for("train", recipe.seed, index), (recipe.side,) * 2)
             texts += [t for turn in sample.turns for t in (turn.question, turn.answer)]
     texts += [HUMAN + " USER: ", " ASSISTANT:"] * 1000
@@ -287,16 +463,27 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("recipe", choices=RECIPES, help="what to train; flags override its fields")
     parser.add_argument("--out", type=Path, required=True, help="the run's folder; a run that is in it is continued")
     parser.add_argument("--model", help="start from these weights (a name or folder); without it, a small random model")
+    parser.add_argument("--images", type=Path, default=Path("."), help="the folder that the records' images lie in (here)")
+    parser.add_argument("--valid", type=Path, help="a file of records to measure exact answers on")
     for field in dataclasses.fields(Recipe):
-        recipes = ", ".join(f"{name} has {getattr(recipe, field.name)}" for name, recipe in RECIPES.items())
+        recipes = ", ".join(f"{name} {getattr(recipe, field.name) or '-'}" for name, recipe in RECIPES.items())
         flag = f"--{field.name.replace('_', '-')}"
         parser.add_argument(flag, type=field.type, default=argparse.SUPPRESS, metavar="…", help=recipes)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="of several processes (ddp)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the decoder's blocks")
+    parser.add_argument("--recompute", action="store_true", help="activations of the decoder's blocks: less memory")
+    parser.add_argument("--skip-bad", action="store_true", help="count and list bad records instead of stopping")
+    parser.add_argument("--plot", action="store_true", help="draw loss.png")
+    parser.add_argument("--peak-tflops", type=float, default=0.0, help="of a device, to report MFU against")
     for name, default, low, text in (
+        ("micro", 0, 0, "samples of a forward pass at most; 0: a process's share of the batch"),
         ("workers", 0, 0, "processes that draw; on few cores they slow training down"),
-        ("log", 50, 1, "steps between two lines"),
-        ("evals", 500, 1, "steps between two measurements on held-out scenes"),
-        ("save", 250, 1, "steps between two checkpoints"),
+        ("log-every", 50, 1, "steps between two lines"),
+        ("eval-every", 500, 1, "steps between two measurements on held-out samples"),
+        ("save-every", 250, 1, "steps between two states"),
+        ("keep", 2, 1, "states that stay"),
     ):
         number = functools.partial(at_least, low)
         parser.add_argument(f"--{name}", type=number, default=default, help=f"{text} ({default})")
@@ -309,17 +496,56 @@ def at_least(low: int, text: str) -> int:
     return int(text)
 
 
+def find_source(recipe: Recipe, images: Path):
+    """Where the samples come from, and the recipe with as many steps as its epochs have."""
+    names = [part.partition("=")[0] for part in recipe.data.split(",")]
+    if not recipe.data:
+        raise ValueError(f"no data; expected --data with files of records, or with scenes: {', '.join(SCENES)}")
+    if not all(Path(name).is_file() for name in names):
+        if not recipe.steps:
+            raise ValueError("steps is 0, and scenes never end; expected --steps")
+        return SceneSource(recipe.data, recipe.seed, recipe.side), recipe
+    if not images.is_dir():
+        raise ValueError(f"no folder {images}; expected the one that images lie in")
+    source = RecordSource([Path(name) for name in names], images, recipe.seed)
+    steps = recipe.steps or math.ceil(recipe.epochs * len(source.records) / recipe.batch)
+    return source, dataclasses.replace(recipe, steps=steps)
+
+
 def main(argv: list[str]) -> None:
     args = arguments(argv)
-    names = [field.name for field in dataclasses.fields(Recipe)]
-    recipe = dataclasses.replace(RECIPES[args.recipe], **{n: getattr(args, n) for n in names if hasattr(args, n)})
-    device = check_device(args.device)
+    fields = [field.name for field in dataclasses.fields(Recipe)]
+    recipe = dataclasses.replace(RECIPES[args.recipe], **{n: getattr(args, n) for n in fields if hasattr(args, n)})
     checkpoint.check_target(args.out)
-    model, tokenizer = checkpoint.load(args.model, device, torch.float32) if args.model else tiny_model(recipe)
-    args.out.mkdir(parents=True, exist_ok=True)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {recipe}", flush=True)
-    every = {"log": args.log, "evals": args.evals, "save": args.save}
-    train(model.to(device), tokenizer, recipe, args.out, workers=args.workers, **every)
+    if recipe.train == "lora" and not args.model:
+        raise ValueError("an adapter has no base; expected --model")
+    place = find_place(args.device)
+    source, recipe = find_source(recipe, args.images)
+    low = getattr(torch, args.precision or ("bfloat16" if place.device.type == "cuda" else "float32"))
+    stored = low if recipe.train in ("lora", "projector") else torch.float32
+    model, tokenizer = checkpoint.load(args.model, place.device, stored) if args.model else tiny_model(recipe)
+    freeze(model.to(place.device), recipe, torch.float32 if args.parallel == "fsdp" else low)  # FSDP casts by itself
+    for block in model.llama.layers:
+        if args.recompute:
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+        if args.compile:
+            block.compile()
+    measure = None
+    if args.parallel == "fsdp":  # no process has the whole model
+        if args.valid:
+            raise ValueError("--valid came with --parallel fsdp; expected ddp, or to measure the result afterwards")
+    elif isinstance(source, SceneSource):
+        measure = functools.partial(held_out_scenes, tokenizer=tokenizer, recipe=recipe)
+    elif args.valid:
+        measure = functools.partial(held_out_records, tokenizer=tokenizer, records=Records([args.valid], args.images))
+    if place.rank == 0:
+        print(f"{recipe}\n{summary(model)}", flush=True)
+    habits = Habits(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Habits)})
+    base = args.model or ""
+    base = str(Path(base).resolve()) if Path(base).is_dir() and base else base
+    train(model, tokenizer, source, recipe, args.out, base, place, habits, args.parallel, low, measure)
+    if place.world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ class ViPLLaVA(nn.Module):
         """ids (B, T), padded on the right if at all, and pixels (I, 3, S, S) -> hidden (B, T, C) for llama.lm_head."""
         return self.llama(self.splice(ids, None if pixels is None else self.encode_images(pixels)))
 
-    def loss(self, ids: torch.Tensor, labels: torch.Tensor, pixels: torch.Tensor | None = None) -> torch.Tensor:
-        """Mean cross-entropy of the next token over the labels (B, T) that are not IGNORE.
+    def loss(self, ids: torch.Tensor, labels: torch.Tensor, pixels: torch.Tensor | None = None, reduction="mean"):
+        """Cross-entropy of the next token over the labels (B, T) that are not IGNORE, their "mean" or "sum".
 
         The head, the largest matrix of a small model, is applied only where a label is trained.
         """
@@ -105,7 +105,7 @@ class ViPLLaVA(nn.Module):
         trained = target != IGNORE
         if not trained.any():
             raise ValueError(f"none of the labels {tuple(labels.shape)} is trained: all, but perhaps the first, are {IGNORE}")
-        return F.cross_entropy(self.llama.lm_head(hidden[trained]).float(), target[trained])
+        return F.cross_entropy(self.llama.lm_head(hidden[trained]).float(), target[trained], reduction=reduction)
 
     @torch.inference_mode()
     def generate(

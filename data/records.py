@@ -433,12 +433,29 @@ def size_of(path: Path) -> tuple[int, int]:
 MALFORMED = (ValueError, TypeError, AttributeError, KeyError, IndexError, OSError)  # all that a bad record may raise
 
 
+class BadRecord(ValueError):
+    """Which record is bad, where it stands, and why."""
+
+    def __init__(self, path: Path, line: int, name: str, reason: str):
+        super().__init__(path, line, name, reason)
+        self.path, self.line, self.id, self.reason = path, line, name, " ".join(reason.split())
+
+    def __str__(self) -> str:
+        return f"{self.path}, line {self.line}, {self.id}: {self.reason}"
+
+
+def _bad(file: JSONFile, k: int, record, error: Exception) -> BadRecord:
+    name = record.get("id", "without id") if isinstance(record, dict) else "without id"
+    reason = str(error) if isinstance(error, ValueError) else f"malformed ({type(error).__name__}: {error})"
+    return BadRecord(file.path, file.line(k), name, reason)
+
+
 class Records:
     """The samples of one file or several, one after the other. Sample i of an epoch is a function of (seed, epoch, i)
     alone: neither workers nor resuming change it."""
 
     def __init__(self, files: Sequence[Path], images: Path, seed: int = 0):
-        self.files, self.images, self.seed, self.epoch = [JSONFile(file) for file in files], images, seed, 0
+        self.files, self.images, self.seed = [JSONFile(file) for file in files], images, seed
         self.ends = list(itertools.accumulate(map(len, self.files)))
 
     def __len__(self) -> int:
@@ -446,34 +463,33 @@ class Records:
 
     def place(self, i: int) -> tuple[JSONFile, int]:
         """The file that record i lies in, and which it is there."""
-        k = next(k for k, end in enumerate(self.ends) if range(len(self))[i] < end)
+        i = range(len(self))[i]
+        k = next(k for k, end in enumerate(self.ends) if i < end)
         return self.files[k], i - (self.ends[k - 1] if k else 0)
 
     def __getitem__(self, i: int) -> Sample:
+        return self.sample(i, epoch=0)
+
+    def sample(self, i: int, epoch: int) -> Sample:
         file, k = self.place(i)
         record = None
         try:
             record = file[k]
-            sample = to_sample(record, self.images, np.random.default_rng([self.seed, self.epoch, i]))
+            sample = to_sample(record, self.images, np.random.default_rng([self.seed, epoch, i]))
         except MALFORMED as error:
-            raise BadRecord(file, k, record, error) from None
+            raise _bad(file, k, record, error) from None
         return replace(sample, open=sample.open and partial(self._open, sample.open, file, k, record))
+
+    def bad(self, i: int, reason: str) -> BadRecord:
+        """What is wrong with record i, found later."""
+        file, k = self.place(i)
+        return _bad(file, k, file[k], ValueError(reason))
 
     def _open(self, opened: Callable, file: JSONFile, k: int, record: dict) -> Image.Image:
         try:
             return opened()
         except (ValueError, OSError) as error:
-            raise BadRecord(file, k, record, error) from None
-
-
-class BadRecord(ValueError):
-    """Which record is bad, where it stands, and why."""
-
-    def __init__(self, file: JSONFile, k: int, record: dict | None, error: Exception):
-        name = (record or {}).get("id", "without id")
-        reason = str(error) if isinstance(error, ValueError) else f"malformed ({type(error).__name__}: {error})"
-        self.line, self.id, self.reason = file.line(k), name, " ".join(reason.split())
-        super().__init__(f"{file.path}, line {self.line}, {name}: {self.reason}")
+            raise _bad(file, k, record, error) from None
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
@@ -491,7 +507,7 @@ def check_range(task: tuple[JSONFile, Path, range]) -> tuple[Counter, list[tuple
             annotate(record, images, np.random.default_rng([0, 0, k]), size_of(path) if path else None)
             good[kind_of(record)] += 1
         except MALFORMED as error:
-            one = BadRecord(file, k, record, error)
+            one = _bad(file, k, record, error)
             bad.append((one.line, one.id, one.reason))
     return good, bad
 

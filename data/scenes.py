@@ -16,10 +16,12 @@ Two pitfalls. A marker may vanish in what it lies on (a red point on a red star)
 markers in one image must be told apart by their words: their kinds differ, or both have named and unlike colors.
 
     python -m data.scenes write OUT -n 100 --split test    official records: RefCOCOg regions and LLaVA captions
+    python -m data.scenes houses OUT -n 200                a task to fine-tune on, in our own format
     python -m data.scenes sheet sheet.png                  twelve samples with their questions, to look at
     python -m data.scenes example examples/scene.png       one fixed scene, and
     python -m data.scenes markers examples/markers.png     the eight markers on it
 """
+import contextlib
 import json
 import math
 import shutil
@@ -134,12 +136,14 @@ SHAPES = {name: _unit(points) for name, points in {
     "bolt": [(.4, -1), (-.85, .25), (-.2, .25), (-.4, 1), (.85, -.35), (.2, -.35)],
 }.items()}
 
+EXTRA = {"house": _unit([(-.85, -.1), (0, -1), (.85, -.1), (.85, 1), (-.85, 1)])}   # in no scene unless asked for
+
 
 def make_object(shape: str, color: str, size: str, center: tuple[float, float], radius: float, rotation: float = 0.0,
                 stretch: float = 1.0, brightness: float = 1.0) -> Object:
     """Center and radius in pixels; `stretch` makes it wider (> 1) or taller (< 1), never beyond the radius."""
     cos, sin = math.cos(rotation), math.sin(rotation)
-    points = SHAPES[shape] * (radius * min(stretch, 1), radius / max(stretch, 1))
+    points = {**SHAPES, **EXTRA}[shape] * (radius * min(stretch, 1), radius / max(stretch, 1))
     points = np.round(points @ ((cos, sin), (-sin, cos)) + center, 2)
     rgb = tuple(min(255, round(channel * brightness)) for channel in OBJECT_COLORS[color])
     box = (*points.min(0).tolist(), *points.max(0).tolist())
@@ -147,14 +151,14 @@ def make_object(shape: str, color: str, size: str, center: tuple[float, float], 
 
 
 # -- scenes ----------------------------------------------------------------------------------------------------------
-def sample_scene(generator: np.random.Generator, size: tuple[int, int] = (224, 224), n: int | None = None) -> Scene:
+def sample_scene(generator: np.random.Generator, size: tuple[int, int] = (224, 224), n: int | None = None,
+                 shapes: Sequence[str] = tuple(SHAPES)) -> Scene:
     """A scene of n objects (2-6 unless told), no two alike in both shape and color, none near another."""
     n = int(generator.integers(2, 7)) if n is None else n
     if not 1 <= n <= 9:
         raise ValueError(f"n is {n}; expected 1 to 9 objects, one for each cell of the 3 x 3 grid")
     places = _place(generator, size, n)
-    looks = generator.permutation(len(SHAPES) * len(OBJECT_COLORS))[:n].tolist()
-    shapes, colors = list(SHAPES), list(OBJECT_COLORS)
+    looks, colors = generator.permutation(len(shapes) * len(OBJECT_COLORS))[:n].tolist(), list(OBJECT_COLORS)
     objects = []
     for look, (name, center, radius), jitter in zip(looks, places, (2 * generator.random((n, 3)) - 1).tolist()):
         objects.append(make_object(shapes[look // len(colors)], colors[look % len(colors)], name, center, radius,
@@ -423,31 +427,61 @@ def _related(generator, things, markers):
 # -- commands --------------------------------------------------------------------------------------------------------
 def write(out: str | Path, n: int, seed: int = 0, side: int = 224, split: str = "test") -> None:
     """n scenes as official records: OUT/images/*.png, OUT/regions.json (RefCOCOg), OUT/captions.json (LLaVA)."""
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not an empty folder; expected a new or an empty one")
-    if n < 1 or side < 32:
-        raise ValueError(f"n is {n} and size {side}; expected at least 1 image of at least 32 pixels")
-    generator_for(split, seed, 0)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))   # renamed when complete
-    try:
-        (staging / "images").mkdir()
+    with _staged(out, n, side) as folder:
         regions, captions = [], []
         for i in range(n):
             generator = generator_for(split, seed, i)
             scene = sample_scene(generator, (side, side))
             thing = scene.objects[generator.integers(len(scene.objects))]
             image = f"images/{i:06d}.png"
-            render(scene).save(staging / image)
+            render(scene).save(folder / image)
             regions.append({"id": f"refcocog-{i}", "image": image, "bboxes": [thing.box],
-                            "segmentations": [[[value for point in thing.polygon for value in point]]],
-                            "answer": describe(thing)})
+                            "segmentations": [[_flat(thing)]], "answer": describe(thing)})
             captions.append({"id": f"scene-{i}", "image": image,
                              "conversations": [{"from": "human", "value": "<image>"},
                                                {"from": "gpt", "value": caption(scene)}]})
         for name, records in (("regions", regions), ("captions", captions)):
-            (staging / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n")
+            (folder / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n")
+
+
+def houses(out: str | Path, n: int, seed: int = 0, side: int = 224) -> None:
+    """A task that no weights of ours know, in our own format: OUT/train.json and OUT/test.json, n records each, about
+    scenes with houses in them. In every other one it is a house that is asked about."""
+    with _staged(out, n, side) as folder:
+        for split in ("train", "test"):
+            records = []
+            for i in range(n):
+                generator = generator_for(split, seed, i)
+                others = generator.permutation(list(SHAPES))[:3].tolist()
+                scene = sample_scene(generator, (side, side), n=int(generator.integers(3, 6)), shapes=("house", *others))
+                wanted = [t for t in scene.objects if (t.shape == "house") == (i % 2 == 0)] or scene.objects
+                thing = wanted[generator.integers(len(wanted))]
+                image = f"images/{split}-{i:06d}.png"
+                render(scene).save(folder / image)
+                records.append({"id": f"house-{i}", "image": image,
+                                "regions": [{"box": thing.box, "polygons": [_flat(thing)]}],
+                                "conversations": [{"from": "human", "value": "What is <region0>?"},
+                                                  {"from": "gpt", "value": describe(thing)}]})
+            (folder / f"{split}.json").write_text(json.dumps(records, indent=1) + "\n")
+
+
+def _flat(thing):
+    return [value for point in thing.polygon for value in point]
+
+
+@contextlib.contextmanager
+def _staged(out, n, side):
+    """A folder beside `out` to write into, renamed when complete; `out` must be new or empty."""
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not an empty folder; expected a new or an empty one")
+    if n < 1 or side < 32:
+        raise ValueError(f"n is {n} and size {side}; expected at least 1 image of at least 32 pixels")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        (staging / "images").mkdir()
+        yield staging
         staging.chmod(0o755)
         if out.exists():
             out.rmdir()
@@ -505,7 +539,10 @@ def main(argv: list[str]) -> None:
     command.add_argument("-n", type=int, default=100, help="images (100)")
     command.add_argument("--seed", type=int, default=0, help="0 or more (0)")
     command.add_argument("--size", type=int, default=224, help="side of an image in pixels (224)")
-    command.add_argument("--split", default="test", help=f"one of {', '.join(SPLITS)} (test)")
+    command.add_argument("--split", choices=SPLITS, default="test", help="which scenes (test)")
+    command = commands.add_parser("houses", help="records of a task that no weights of ours know")
+    command.add_argument("out", help="a new or empty folder")
+    command.add_argument("-n", type=int, default=200, help="records to train on, and as many to test (200)")
     pictures = {"sheet": ("twelve samples to look at", sheet),
                 "example": ("one fixed scene", lambda path: render(example_scene()).save(path)),
                 "markers": ("the eight markers on it", eight_markers)}
@@ -513,7 +550,11 @@ def main(argv: list[str]) -> None:
         commands.add_parser(name, help=text).add_argument("out", help="the image to write, such as out.png")
     args = parser.parse_args(argv)
     if args.command == "write":
+        if args.seed < 0:
+            raise ValueError(f"seed is {args.seed}; expected 0 or more")
         write(args.out, args.n, args.seed, args.size, args.split)
+    elif args.command == "houses":
+        houses(args.out, args.n)
     else:
         pictures[args.command][1](args.out)
 

@@ -221,3 +221,28 @@ def prompts_of(case: dict, image: int) -> list[list[int]]:
             seed = 100 * case["seed"] + 10 * i + j
             prompts[-1] += [image] if n is None else random_ids((n,), case["image_token_id"], seed).tolist()
     return prompts
+
+
+def training_rows(case: dict, image: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Each prompt of a ViP-LLaVA case with an answer: ids, with one `image` id for each image, and labels."""
+    rows = []
+    for i, prompt in enumerate(prompts_of(case, image)):
+        answer = random_ids((5 + 2 * i,), case["image_token_id"], 1000 * case["seed"] + i).tolist()
+        rows.append((prompt + answer, [-100] * len(prompt) + answer))
+    return tuple(map(list, zip(*rows)))
+
+
+TRAINING_STEPS, TRAINING_RATE = 20, 1e-3
+
+
+def fingerprint(values: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(number of tensors, 2), by name: the norm, and the product with fixed random numbers.
+
+    Without the keys' biases: a softmax does not see them, so their gradients are rounding errors around zero.
+    """
+    rows = []
+    for name in sorted(name for name in values if not name.endswith("k_proj.bias")):
+        x = values[name].detach().double()
+        r = torch.from_numpy(uniform(f"fingerprint {name}", x.shape, 0))
+        rows.append([x.norm().item(), (x * r).sum().item()])
+    return torch.tensor(rows, dtype=torch.float64)

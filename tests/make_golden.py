@@ -1,13 +1,14 @@
 """Make tests/golden/*.npz: what transformers computes for the shapes, weights and inputs of cases.py.
 
     pip install torch transformers pillow numpy        # made with transformers 5.23, torch 2.13, on a CPU
-    python tests/make_golden.py
+    python tests/make_golden.py [training …]        # all files, or those named
 
 Only this script needs transformers. It reads nothing of ours but cases.py, so that a mistake of ours can't reach the
 golden files; names are mapped here by hand, and all is computed in float32 with the explicit attention formula.
 """
 
 import re
+import sys
 
 import numpy as np
 import torch
@@ -220,6 +221,49 @@ def greedy(model, ids: torch.Tensor, images: dict, case: dict) -> tuple[torch.Te
     return tokens, ((first - second).min() / scores[scores.isfinite()].abs().max()).item()
 
 
+@torch.enable_grad()
+def make_training() -> dict:
+    """Loss and gradients of a batch padded on the right, then AdamW: the losses of its steps, and the weights after.
+
+    In float64, as these weights are steep: rounding in float32 alone changes a gradient by 2e-5.
+    """
+    out = {}
+    for name, case in cases.VIPLLAVA.items():
+        model, image, v = vipllava(case).double(), case["image_token_id"], case["vision"]
+        patches = (v["image_size"] // v["patch_size"]) ** 2
+        rows = []
+        for ids, labels in zip(*cases.training_rows(case, image)):
+            pairs = [p for i, label in zip(ids, labels) for p in [(i, label)] * (patches if i == image else 1)]
+            rows.append(tuple(zip(*pairs)))
+        longest, images = max(len(ids) for ids, _ in rows), sum(ids.count(image) for ids, _ in rows) // patches
+        batch = {
+            "input_ids": torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids, _ in rows]),
+            "labels": torch.tensor([[*labels, *[-100] * (longest - len(labels))] for _, labels in rows]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in rows]),
+            "pixel_values": cases.random_pixels(images, v["image_size"], case["seed"]).double(),
+        }
+        optimizer = torch.optim.AdamW(model.parameters(), lr=cases.TRAINING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+        losses = []
+        for _ in range(cases.TRAINING_STEPS):
+            loss = model(**batch, use_cache=False).loss
+            loss.backward()
+            if not losses:
+                grads = {our_whole_name(n): p.grad for n, p in model.named_parameters() if p.grad is not None}
+                out[f"{name}/gradients"] = cases.fingerprint(grads)
+            losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        out[f"{name}/losses"] = torch.tensor(losses, dtype=torch.float64)
+        trained = {our_whole_name(n): p for n, p in model.named_parameters() if our_whole_name(n) in grads}
+        out[f"{name}/weights"] = cases.fingerprint(trained)
+    return out
+
+
+def our_whole_name(name: str) -> str:
+    name = our_name(name)
+    return "llama.lm_head.weight" if name == "lm_head.weight" else name
+
+
 def make_preprocess() -> dict:
     out = {}
     for size in cases.IMAGE_SIZES:
@@ -253,8 +297,11 @@ def main() -> None:
             assert not cases.equal_dimensions(case), (name, cases.equal_dimensions(case))
     torch.set_num_threads(1)
     cases.GOLDEN.mkdir(exist_ok=True)
-    makers = {"clip": make_clip, "llama": make_llama, "vipllava": make_vipllava, "preprocess": make_preprocess}
+    makers = {"clip": make_clip, "llama": make_llama, "vipllava": make_vipllava, "training": make_training,
+              "preprocess": make_preprocess}  # fmt: skip
     for name, make in makers.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         arrays = {key: np.asarray(value) for key, value in make().items()}
         np.savez_compressed(cases.GOLDEN / f"{name}.npz", **arrays)
         print(f"{name}.npz: {len(arrays)} arrays, {(cases.GOLDEN / f'{name}.npz').stat().st_size / 1000:.0f} kB")

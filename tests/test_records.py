@@ -228,8 +228,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(images):
     assert len(data) == 4 and len(data[3].markers) == 2
     first = [data[i].markers for i in range(4)]
     assert [data[i].markers for i in (3, 2, 1, 0)] == first[::-1] and first[0] != first[1]
-    data.epoch = 1
-    assert all(data[i].markers != first[i] for i in range(4))
+    assert all(data.sample(i, epoch=1).markers != first[i] for i in range(4))
     assert Records(data.files and [images / "a.json"], images, seed=1)[0].markers != first[0]
 
 

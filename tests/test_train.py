@@ -6,162 +6,312 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import checkpoint
+import lora
+import states
 import train
-from chat import IMAGE
+from chat import Turn
 from clip import VisionConfig
+from commandline import run
 from data import scenes
+from data.batches import Examples, SceneSource, collate, encode
 from evals.scenes import answer
+from kill_training import kill
 from llama import LlamaConfig
-from train import IGNORE, Recipe, Scenes, collate, encode, learning_rate, main, parse_mix, tiny_model
-from vipllava import ViPLLaVA, ViPLLaVAConfig
+from train import Place, Recipe, freeze, gradients, main, schedule, tiny_model
+from vipllava import IGNORE, ViPLLaVA, ViPLLaVAConfig
 
-FLAGS = ["--batch", "3", "--side", "64", "--log", "1", "--evals", "1000", "--workers", "0", "--device", "cpu"]
+ROOT = Path(train.__file__).parent
+TINIER = ViPLLaVAConfig(
+    VisionConfig(image_size=24, patch_size=8, width=20, layers=3, heads=5, mlp=28),
+    LlamaConfig(1024, width=24, layers=2, heads=4, kv_heads=2, mlp=36, context=256), feature_layers=(-2, 1),
+)  # fmt: skip
+FLAGS = ["--batch", "3", "--side", "64", "--log-every", "1", "--eval-every", "1000", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
-def minute_model(monkeypatch):
-    """The tiny model, tinier: 9 patches, two blocks of each kind."""
-    vision = VisionConfig(image_size=24, patch_size=8, width=20, layers=2, heads=5, mlp=28)
-    text = LlamaConfig(1024, width=24, layers=3, heads=4, kv_heads=2, mlp=36, context=256)
-    monkeypatch.setattr(train, "TINY", ViPLLaVAConfig(vision, text, feature_layers=(-2, 1)))
+def tinier_model(monkeypatch):
+    """The tiny model, tinier: 9 patches, three blocks and two."""
+    monkeypatch.setattr(train, "TINY", TINIER)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with such a model, random, from which processes can start."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    old, train.TINY = train.TINY, TINIER
+    checkpoint.save(*tiny_model(Recipe("markers", steps=1, side=64)), folder)
+    train.TINY = old
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    """Records of a person's own: 12, of which some have no image, and one is bad."""
+    folder = tmp_path_factory.mktemp("mine")
+    records = []
+    for i in range(12):
+        sample = scenes.test_sample(scenes.generator_for("train", 3, i), (64, 64))
+        sample.image.save(folder / f"{i}.png")
+        talk = [{"from": "human", "value": "What is <region0>?"}, {"from": "gpt", "value": sample.turns[0].answer}]
+        records.append({"id": f"mine-{i}", "image": f"{i}.png", "regions": [{"box": [9, 9, 40, 50]}], "conversations": talk})
+    text = [{"from": "human", "value": "What is a ring?"}, {"from": "gpt", "value": "a shape"}]
+    records[4] = {"id": "text-4", "conversations": text}
+    records[7] = {"id": "text-7", "conversations": text}
+    (folder / "good.json").write_text(json.dumps(records))
+    (folder / "bad.json").write_text(json.dumps([*records[:5], {**records[5], "image": "none.png"}, *records[6:]]))
+    return folder
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def losses(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return {line["step"]: (line["loss"], line["norm"]) for line in log(folder) if "loss" in line}
 
 
-def test_labels_are_exactly_the_answers():
-    """Guards against labels shifted by the expansion of the image, against a trained question, an untrained end."""
-    model, tokenizer = tiny_model(Recipe("markers", steps=1, side=64))
-    for index in range(20):
-        sample = scenes.marker_sample(scenes.generator_for("train", 0, index), (64, 64))
-        ids, labels, pixels = encode(sample, tokenizer, model.config)
-        assert len(ids) == len(labels) and pixels.shape == (3, 24, 24)
-        assert ids.count(IMAGE) == model.config.vision.patches == 9
-        assert all(label in (IGNORE, i) for i, label in zip(ids, labels))
-        answers, current = [], []
-        for label in labels:
-            if label == tokenizer.eos:
-                answers.append(tokenizer.decode(current).strip())
-                current = []
-            elif label != IGNORE:
-                current.append(label)
-        assert answers == [turn.answer for turn in sample.turns]
+def start(*argv, processes=1, **options):
+    """The program itself, in one process or several."""
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *several, "train.py", *map(str, argv)], cwd=ROOT, text=True, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # fmt: skip
 
 
-def test_padding_is_not_trained():
-    """Guards against a loss that learns to write padding: its labels must be IGNORE."""
-    short, long = ([5, 6], [IGNORE, 6], torch.zeros(3, 2, 2)), ([5, 6, 7], [IGNORE, 6, 7], torch.ones(3, 2, 2))
-    ids, labels, pixels = collate([short, long])
-    assert ids.tolist() == [[5, 6, 0], [5, 6, 7]] and labels.tolist() == [[IGNORE, 6, IGNORE], [IGNORE, 6, 7]]
-    assert pixels.shape == (2, 3, 2, 2) and pixels[1].min() == 1
+def finish(*argv, **options):
+    process = start(*argv, **options)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-2000:]
+    return out
 
 
-def test_samples_depend_on_seed_and_index_only():
-    """Guards against a shared random stream, with which workers or a resumed run would see other data."""
-    recipe = Recipe("markers=3,captions=1", steps=1, side=64)
-    model, tokenizer = tiny_model(recipe)
-    data = Scenes(recipe, tokenizer, model.config)
-    ahead = [data[i] for i in (7, 3)]
-    again = [data[i] for i in (7, 3)]
-    assert all(a[0] == b[0] and torch.equal(a[2], b[2]) for a, b in zip(ahead, again))
-    other = Scenes(dataclasses.replace(recipe, seed=1), tokenizer, model.config)
-    assert not torch.equal(ahead[0][2], other[7][2])
+# -- the rules -------------------------------------------------------------------------------------------------------
 
 
-def test_batches_are_each_sample_once_of_like_length_and_the_same_after_a_resume():
-    """Guards against samples lost or repeated at a pool's end, against padding, and against another order after a stop."""
-    recipe = Recipe("markers", steps=train.POOL + 3, batch=4, side=64)
-    rows = [([1] * (1 + i * 37 % 50) + [i], [IGNORE] * (2 + i * 37 % 50), torch.zeros(1)) for i in range(2 * train.POOL * 4)]
-    whole = [ids for ids, _, _ in train.batches(rows, recipe, 0, 0)]
-    assert len(whole) == recipe.steps
-    seen = [int(row[row > 1].max()) if (row > 1).any() else 1 for ids in whole[: train.POOL] for row in ids]
-    assert len(set(seen)) >= train.POOL * 4 - 1  # sample 1 is marked by a 1, as its filling is
-    padding = sum((ids == 0).sum().item() for ids in whole[1:]) / sum(ids.numel() for ids in whole[1:])
-    assert padding < 0.15
-    for first in (1, train.POOL - 1, train.POOL + 1):
-        rest = [ids for ids, _, _ in train.batches(rows, recipe, first, 0)]
-        assert len(rest) == recipe.steps - first and all(torch.equal(a, b) for a, b in zip(rest, whole[first:]))
-
-
-def test_mix_is_drawn_in_its_shares():
-    """Guards against shares that are read but not used. 400 draws of a 3:1 mix: five sigma is 0.11."""
-    assert parse_mix("markers=3,captions=1") == (["markers", "captions"], [0.75, 1.0])
-    recipe = Recipe("markers=3,captions=1", steps=1, side=64)
-    model, tokenizer = tiny_model(recipe)
-    data = Scenes(recipe, tokenizer, model.config)
-    plain = [data[i][0][1] == IMAGE for i in range(400)]  # a caption's image follows BOS
-    assert abs(sum(plain) / 400 - 0.25) < 0.11
-
-
-@pytest.mark.parametrize("mix, word", [("cats", "expected captions, markers"), ("markers=x", "a number"),
-                                       ("markers=0", "more than 0"), ("markers=nan", "more than 0"), ("", "unknown")])
-def test_bad_mix(mix, word):
-    with pytest.raises(ValueError, match=word):
-        parse_mix(mix)
-
-
-def test_learning_rate_warms_up_and_ends_near_zero():
+def test_the_schedule_warms_up_and_ends_near_zero():
     """Guards against a schedule that starts at its peak or never comes down."""
-    recipe = Recipe("captions", steps=200, lr=0.5, warmup=0.1)
-    rates = [learning_rate(step, recipe) for step in range(200)]
-    assert rates[0] == pytest.approx(0.5 / 20) and max(rates) == rates[19] == rates[20] == 0.5
-    assert rates[110] == pytest.approx(0.25) and 0 < rates[-1] < 1e-4
+    recipe = Recipe("captions", steps=200, warmup=0.1)
+    rates = [schedule(step, recipe) for step in range(200)]
+    assert rates[0] == pytest.approx(1 / 20) and max(rates) == rates[19] == rates[20] == 1
+    assert rates[110] == pytest.approx(0.5) and 0 < rates[-1] < 1e-3
     assert rates[:20] == sorted(rates[:20]) and rates[20:] == sorted(rates[20:], reverse=True)
+
+
+TRAINED = {  # what each kind of training moves, and what it must not
+    "all": ({"vision.layers.0", "vision.class", "projector", "llama.layers", "llama.lm_head"}, {"vision.layers.2", "vision.post"}),
+    "language": ({"projector", "llama.layers", "llama.embed_tokens", "llama.lm_head"}, {"vision"}),
+    "projector": ({"projector"}, {"vision", "llama"}),
+    "lora": ({"projector", "llama.layers.0.mlp.up_proj.lora_A"}, {"vision", "llama.embed", "llama.layers.0.mlp.up_proj.base"}),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_what_is_trained_moves_and_nothing_else(kind, tmp_path):
+    """Guards against a frozen part that learns, a part that should learn and does not, and unused blocks of CLIP that
+    only take memory (and that DDP would wait for)."""
+    recipe = Recipe("markers", train=kind, steps=2, side=64, batch=2, lr=0.1, rank=2, alpha=4, length=300)
+    model, tokenizer = tiny_model(recipe)
+    freeze(model, recipe, torch.float32)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    source, place = SceneSource("markers", 0, 64), Place(torch.device("cpu"))
+    train.train(model, tokenizer, source, recipe, tmp_path, "base", place, train.Habits())
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+    yes, no = TRAINED[kind]
+    assert all(any(name.startswith(part) for name in moved) for part in yes)
+    assert not any(name.startswith(part) for name in moved for part in no)
+
+
+def test_what_is_frozen_is_16_bits_and_what_learns_32():
+    """Guards against small steps lost in bfloat16, and against twice the memory for what never changes."""
+    recipe = Recipe("markers", train="lora", steps=1, rank=2)
+    model, _ = tiny_model(recipe)
+    freeze(model, recipe, torch.bfloat16)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_parameter_groups():
+    """Guards against norms that decay, and a projector without its own learning rate."""
+    recipe = Recipe("markers", train="language", steps=1, lr=0.5, projector_lr=0.25, weight_decay=0.1)
+    model, _ = tiny_model(recipe)
+    freeze(model, recipe, torch.float32)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in train.parameter_groups(model, recipe):
+        for p in group["params"]:
+            assert group["weight_decay"] == (0.1 if p.dim() > 1 else 0.0)
+            assert group["peak"] == (0.25 if names[id(p)].startswith("projector.") else 0.5)
+
+
+def examples(n, recipe=Recipe("markers", steps=1, side=64)):
+    model, tokenizer = tiny_model(recipe)
+    data = Examples(SceneSource(recipe.data, 0, 64), tokenizer, model.config, None, 300)
+    return model, [data[j] for j in range(n)]
+
+
+@pytest.mark.parametrize("sizes", [(8,), (4, 4), (2, 2, 2, 2), (5, 3), (1,) * 8])
+def test_micro_batches_compute_one_loss(sizes):
+    """Guards against a mean of means: answers are of unequal length, so it would weigh samples by their company."""
+    model, rows = examples(8)
+    whole = collate(rows)
+    expected = model.loss(whole.ids, whole.labels, whole.pixels)
+    expected.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    rows = iter(rows)
+    micros = [collate([next(rows) for _ in range(n)]) for n in sizes]
+    loss, tokens = gradients(train.Objective(model, torch.float32, several=False), micros, Place(torch.device("cpu")))
+    assert loss == pytest.approx(expected.item(), rel=1e-5) and tokens == int((whole.labels[:, 1:] != IGNORE).sum())
+    for name, p in model.named_parameters():
+        if name in wanted:
+            assert (p.grad - wanted[name]).abs().max() <= 1e-5 * wanted[name].abs().max() + 1e-8, name
+
+
+def test_a_loss_that_is_no_number_names_its_samples(tmp_path, monkeypatch):
+    """Guards against a run that goes on with NaN, and one that stops without a word where to look."""
+    recipe = Recipe("markers", steps=3, side=64, batch=2, lr=1.0)
+    model, tokenizer = tiny_model(recipe)
+    freeze(model, recipe, torch.float32)
+    with torch.no_grad():
+        model.projector.linear_1.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"the loss is nan .* at step 0, on scene \d+, scene \d+; lower --lr"):
+        train.train(model, tokenizer, SceneSource("markers", 0, 64), recipe, tmp_path, "", Place(torch.device("cpu")), train.Habits())
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
 
 
 def test_loss_falls(tmp_path):
     """Guards against a step that updates nothing: the loss at random is about ln 500, and must fall at once."""
-    main(["tiny-captions", "--out", str(tmp_path), "--steps", "25", "--lr", "0.01", *FLAGS])
-    seen = losses(tmp_path)
-    assert seen[1] > 5.5 and seen[25] < 4
+    main(["tiny-captions", "--out", str(tmp_path / "run"), "--steps", "25", "--lr", "0.01", "--plot", *FLAGS])
+    seen = losses(tmp_path / "run")
+    assert seen[1][0] > 5.5 and seen[25][0] < 4
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
 
 
 def test_a_stopped_run_continues_exactly(tmp_path, monkeypatch, capsys):
     """Guards against a resume that forgets the optimizer, the schedule or the place in the data: bit for bit."""
-    main(["tiny-markers", "--out", str(tmp_path / "whole"), "--steps", "8", "--save", "100", *FLAGS])
-    report = train.report
+    command = ["tiny-markers", "--steps", "8", "--save-every", "100", *FLAGS, "--out"]
+    main([*command, str(tmp_path / "whole")])
+    step = train.Journal.step
 
-    def stop_at_5(out, **fields):
-        report(out, **fields)
-        if fields["step"] == 5:
+    def stop_at_5(self, done, *rest):
+        step(self, done, *rest)
+        if done == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    command = ["tiny-markers", "--out", str(tmp_path / "cut"), "--steps", "8", "--save", "100", *FLAGS]
-    monkeypatch.setattr(train, "report", stop_at_5)
+    monkeypatch.setattr(train.Journal, "step", stop_at_5)
     with pytest.raises(SystemExit, match="stopped after step 5 of 8"):
-        main(command)
-    monkeypatch.setattr(train, "report", report)
+        main([*command, str(tmp_path / "cut")])
+    monkeypatch.setattr(train.Journal, "step", step)
+    main([*command, str(tmp_path / "cut")])
+    assert "resumed" in capsys.readouterr().out and losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    models = [checkpoint.load(tmp_path / name, "cpu", torch.float32)[0].state_dict() for name in ("cut", "whole")]
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+
+
+KILLED = {"whole": [], "lora": ["--rank", "2", "--alpha", "4"], "two processes": []}
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").is_file(), reason="finds processes in Linux's /proc")
+@pytest.mark.parametrize("kind", KILLED)
+def test_kill_9(kind, base, tmp_path):
+    """Guards against half a state that is taken for a whole one, and losses told twice: killed in the middle of a step or
+    of a save, twice, a run ends with the losses of one that never was. (tests/kill_training.py: 20 times.)"""
+    recipe = "lora" if kind == "lora" else "tiny-markers"
+    argv = [recipe, "--model", base, "--data", "markers", "--steps", "16", "--lr", "0.01", "--save-every", "2", *FLAGS, *KILLED[kind]]
+    argv = [*argv, "--batch", "4"]
+    processes = 2 if kind == "two processes" else 1
+    finish(*argv, "--out", tmp_path / "never", processes=processes)
+    for step in (3, 11):
+        process = start(*argv, "--out", tmp_path / "often", processes=processes)
+        for line in process.stdout:
+            if line.startswith(f"step {step} "):
+                kill(tmp_path / "often")
+                break
+        process.wait()
+    finish(*argv, "--out", tmp_path / "often", processes=processes)
+    assert losses(tmp_path / "often") == losses(tmp_path / "never") and len(losses(tmp_path / "never")) == 16
+
+
+def curve(name, mine, out, *flags, processes=1):
+    """The losses of a run on scenes, or on records of which some have no image; and the model that it makes."""
+    source, steps, lr = {"scenes": ("markers", 50, 1e-4), "mine": (mine / "good.json", 6, 1e-3)}[name]
+    finish("stage2", "--model", "tiny", "--data", source, "--images", mine, "--steps", steps, "--lr", lr, "--side", "112",
+           "--batch", "4", "--log-every", "1", "--eval-every", "1000", "--device", "cpu", "--out", out, *flags,
+           processes=processes)  # fmt: skip
+    assert len(losses(out)) == steps
+    return losses(out), checkpoint.load(out, "cpu", torch.float32)[0].state_dict()
+
+
+@pytest.fixture(scope="module")
+def curves_of_one(mine, tmp_path_factory):
+    return {name: curve(name, mine, tmp_path_factory.mktemp("one") / name) for name in ("scenes", "mine")}
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_give_the_curve_of_one(parallel, mine, curves_of_one, tmp_path):
+    """Guards against samples seen twice, a loss that is averaged wrongly, and processes that wait for each other where
+    one has an image and the other has none; in one of the steps on "mine" no sample has any."""
+    for name, (one, weights) in curves_of_one.items():
+        two, other = curve(name, mine, tmp_path / name, "--parallel", parallel, processes=2)
+        error = max(abs(two[step][0] - one[step][0]) / one[step][0] for step in one)
+        assert error < 1e-5, (name, error)
+        assert all((weights[key] - other[key]).abs().max() < 1e-4 for key in weights)
+
+
+def test_a_state_that_is_cut_short_is_passed_over(tmp_path, capsys):
+    """Guards against a run that can't go on because its last state can't be read, and one that begins anew in silence."""
+    command = ["tiny-captions", "--out", str(tmp_path / "run"), "--steps", "6", "--save-every", "2", "--keep", "3", *FLAGS]
     main(command)
-    assert "at step 5 of 8" in capsys.readouterr().out
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    states = [torch.load(tmp_path / name / "state.pt", weights_only=True)["model"] for name in ("cut", "whole")]
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    expected, folders = losses(tmp_path / "run"), sorted((tmp_path / "run" / "states").iterdir())
+    assert [folder.name for folder in folders] == ["step-00000002", "step-00000004", "step-00000006"]
+    for folder in folders[1:]:
+        file = next(folder.glob("*.distcp"))
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    main(command)
+    out = capsys.readouterr().out
+    assert out.count("can't be read") == 2 and f"resumed {folders[0]}" in out and losses(tmp_path / "run") == expected
+    for folder in sorted((tmp_path / "run" / "states").iterdir()):
+        (folder / ".metadata").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of 3 states in .* can be read; expected one, or another --out"):
+        main(command)
 
 
-def test_another_recipe_does_not_continue_a_run(tmp_path):
-    """Guards against a run that silently goes on with a changed learning rate."""
-    main(["tiny-captions", "--out", str(tmp_path), "--steps", "1", *FLAGS])
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    """Guards against a state that is replaced by half of the next one."""
+    command = ["tiny-captions", "--out", str(tmp_path / "run"), "--steps", "4", "--save-every", "2", *FLAGS]
+    whole = states.dcp.save
+
+    def full(state, checkpoint_id):
+        if "00000004" in str(checkpoint_id):
+            (Path(checkpoint_id) / "__0_0.distcp").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return whole(state, checkpoint_id=checkpoint_id)
+
+    monkeypatch.setattr(states.dcp, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        main(command)
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "TINY", TINIER)
+    main(command)
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4]
+    assert [f.name for f in sorted((tmp_path / "run" / "states").iterdir())] == ["step-00000002", "step-00000004"]
+
+
+def test_another_recipe_or_base_does_not_continue_a_run(base, tmp_path):
+    """Guards against a run that silently goes on with a changed learning rate, or upon other weights."""
+    main(["tiny-captions", "--out", str(tmp_path / "run"), "--steps", "1", *FLAGS])
     with pytest.raises(ValueError, match="lr 0.001, now 0.5"):
-        main(["tiny-captions", "--out", str(tmp_path), "--steps", "1", "--lr", "0.5", *FLAGS])
-
-
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"not a state"])
-def test_a_damaged_state_is_one_line(tmp_path, damage):
-    """Guards against a traceback, and against a run that begins anew over what it can't read."""
-    command = ["tiny-captions", "--out", str(tmp_path), "--steps", "1", *FLAGS]
-    main(command)
-    path = tmp_path / "state.pt"
-    path.write_bytes(damage(path.read_bytes()))
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match="state.pt can't be read .* is it whole") as caught:
-        main(command)
-    assert "\n" not in str(caught.value) and path.read_bytes() == before
+        main(["tiny-captions", "--out", str(tmp_path / "run"), "--steps", "1", "--lr", "0.5", *FLAGS])
+    with pytest.raises(ValueError, match="base , now .*base"):
+        main(["tiny-captions", "--out", str(tmp_path / "run"), "--steps", "1", "--model", str(base), *FLAGS])
 
 
 def test_somebody_elses_model_is_refused_before_training(tmp_path):
@@ -174,22 +324,62 @@ def test_somebody_elses_model_is_refused_before_training(tmp_path):
 
 def test_a_run_is_a_model_that_loads(tmp_path):
     """Guards against a run folder that only the training loop can read: it answers after checkpoint.load."""
-    main(["tiny-markers", "--out", str(tmp_path), "--steps", "1", *FLAGS])
-    model, tokenizer = train.checkpoint.load(str(tmp_path), "cpu", torch.float32)
+    main(["tiny-markers", "--out", str(tmp_path / "run"), "--steps", "1", *FLAGS])
+    model, tokenizer = checkpoint.load(str(tmp_path / "run"), "cpu", torch.float32)
     assert isinstance(model, ViPLLaVA)
-    state = torch.load(tmp_path / "state.pt", weights_only=True)["model"]
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     sample = scenes.test_sample(scenes.generator_for("val", 0, 0), (64, 64))
     assert len(answer(model, tokenizer, [sample], 8)) == 1
 
 
-@pytest.mark.parametrize("flags", [
-    ["--lr", "x"], ["--data", "cats"], ["--model", "/nowhere"], ["--steps", "0"], ["--batch", "-1"],
-    ["--device", "abacus"], ["--lr", "nan"], ["--log", "0"], ["--workers", "-1"],
+def test_an_adapter_is_trained_on_ones_own_records(mine, tmp_path):
+    """Guards against an adapter that is saved as it began: it learns 12 answers by heart, and they come from its folder."""
+    argv = ["lora", "--model", "tiny", "--data", str(mine / "good.json"), "--images", str(mine), "--epochs", "40",
+            "--batch", "4", "--lr", "0.005", "--projector-lr", "0.005", "--rank", "8", "--alpha", "16", "--length", "300",
+            "--valid", str(mine / "good.json"), "--device", "cpu"]  # fmt: skip
+    main([*argv, "--out", str(tmp_path / "run")])
+    lines = log(tmp_path / "run")
+    assert lines[-1]["step"] == 120 and lines[-1]["accuracy"] >= 0.8
+    assert lora.about(tmp_path / "run")["base"] == "tiny" and not (tmp_path / "run" / "model.safetensors").exists()
+    model, tokenizer = checkpoint.load(tmp_path / "run", "cpu", torch.float32)
+    data = train.Records([mine / "good.json"], mine)
+    assert train.held_out_records(model, tokenizer, data) == lines[-1]["accuracy"]
+
+
+def test_plain_captions_have_no_question(mine, tmp_path):
+    """Guards against stage 1 on questions: its template shows the image, and the answer is all that is said."""
+    recipe = Recipe("markers", steps=1, side=64)
+    model, tokenizer = tiny_model(recipe)
+    sample = dataclasses.replace(train.Records([mine / "good.json"], mine)[0], turns=(Turn("Describe it.", "a ring", True),))
+    ids, labels, pixels = encode(sample, tokenizer, model.config, "plain")
+    assert tokenizer.decode([i for i in ids if i >= 0 and i > 2]).strip() == "a ring"
+
+
+def test_bad_records_stop_or_are_listed(base, mine, tmp_path):
+    """Guards against a bad record that is passed over in silence, and one that costs a whole night."""
+    argv = ["stage2", "--model", str(base), "--data", str(mine / "bad.json"), "--images", str(mine), "--batch", "4",
+            "--log-every", "1", "--length", "300", "--device", "cpu", "--out", str(tmp_path / "run")]  # fmt: skip
+    with pytest.raises(ValueError, match=r"bad\.json, line 1, mine-5: image none\.png is not in"):
+        main(argv)
+    main([*argv, "--skip-bad"])
+    assert sum(line.get("bad", 0) == 1 for line in log(tmp_path / "run")) >= 1
+    assert "mine-5: image none.png" in (tmp_path / "run" / "bad-0.txt").read_text()
+    with pytest.raises(ValueError, match="tokens; expected at most 20"):
+        main([*argv[:-1], str(tmp_path / "other"), "--length", "20", "--data", str(mine / "good.json")])
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--lr", "x"], "invalid float"), (["--data", "cats"], "unknown data source 'cats'"), (["--model", "/nowhere"], "no model"),
+    (["--batch", "-1"], "batch is -1"), (["--steps", "0"], "scenes never end"), (["--device", "abacus"], "no device"),
+    (["--lr", "nan"], "lr is nan"), (["--log-every", "0"], "expected 1 or more"), (["--workers", "-1"], "expected 0 or more"),
+    (["--train", "some"], "train is 'some'"), (["--template", "x"], "template is 'x'"), (["--data", ""], "no data"),
+    (["--data", "markers=0"], "more than 0"), (["--data", "markers=x"], "a number"),
+    (["--train", "lora"], "expected --model"), (["--train", "lora", "--targets", "q", "--model", "tiny"], "target 'q'"),
+    (["--data", "README.md", "--steps", "1"], "README.md begins with"),
 ])  # fmt: skip
-def test_a_mistake_is_one_line(tmp_path, flags):
+def test_a_mistake_is_one_line(tmp_path, flags, words, capsys, monkeypatch):
     """Guards against tracebacks, and against an output folder made for a run that never starts."""
-    command = [sys.executable, "train.py", "tiny-captions", "--out", str(tmp_path / "run"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(train.__file__))
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+    monkeypatch.chdir(ROOT)
+    assert run(main, ["tiny-captions", "--out", str(tmp_path / "run"), *flags]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err, err
+    assert not (tmp_path / "run").exists()

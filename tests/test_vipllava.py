@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cases import CONTRASTIVE, LLAMA, LOGITS_KEPT, NEW_TOKENS, VIPLLAVA, VISION, equal_dimensions, fill, load_golden
-from cases import projector_features, prompts_of, random_pixels, relative_error
+from cases import CONTRASTIVE, LLAMA, LOGITS_KEPT, NEW_TOKENS, TRAINING_RATE, TRAINING_STEPS, VIPLLAVA, VISION
+from cases import equal_dimensions, fill, fingerprint, load_golden, projector_features, prompts_of, random_pixels
+from cases import relative_error, training_rows
 from chat import IMAGE
 from clip import VisionConfig
 from llama import LlamaConfig
@@ -94,6 +95,38 @@ def test_32_greedy_tokens_match_transformers(name, golden):
     model, (prompts, pixels) = model_of(name), inputs_of(name)
     expected = [golden[f"{name}/greedy/{i}"].tolist() for i in range(len(prompts))]
     assert answers(model, prompts, pixels, max_new_tokens=NEW_TOKENS) == expected
+
+
+@pytest.mark.parametrize("name", VIPLLAVA)
+def test_training_matches_transformers(name):
+    """Guards against: labels shifted by one, a loss over the padding, a gradient lost on its way to CLIP or through the
+    patches; and over 20 steps of AdamW, what such a mistake adds up to."""
+    golden, case, model = load_golden("training"), VIPLLAVA[name], model_of(name).double()
+    rows, labels = training_rows(case, IMAGE)
+    patches = model.config.vision.patches
+    labels = [[label for i, label in zip(*pair) for _ in expand([i], patches)] for pair in zip(rows, labels)]
+    pixels = random_pixels(sum(row.count(IMAGE) for row in rows), case["vision"]["image_size"], case["seed"])
+    pixels = pixels.double()
+    ids = pad([expand(row, patches) for row in rows], 0, side="right")[0]
+    labels = pad(labels, IGNORE, side="right")[0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=TRAINING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    losses = []
+    for _ in range(TRAINING_STEPS):
+        loss = model.loss(ids, labels, pixels)
+        loss.backward()
+        if not losses:
+            grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            ours, theirs = fingerprint(grads), golden[f"{name}/gradients"]
+            assert ours.shape == theirs.shape
+            assert ((ours - theirs).abs() / theirs[:, :1]).max() < 1e-5
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = golden[f"{name}/losses"]
+    assert abs(losses[0] / expected[0].item() - 1) < 1e-5 and losses[-1] < 0.9 * losses[0]
+    assert relative_error(torch.tensor(losses, dtype=torch.float64), expected) < 1e-4
+    ours, theirs = fingerprint({n: p for n, p in model.named_parameters() if n in grads}), golden[f"{name}/weights"]
+    assert ((ours - theirs).abs() / theirs[:, :1]).max() < 1e-4
 
 
 # -- splice ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,209 @@
+"""Samples -> batches: which samples a step takes, in which order, for which process, hardly padded.
+
+Sample j of a run is a function of (seed, j), and which samples a step takes depends on their lengths alone. So neither
+workers, nor processes, nor a stop and a start anew change what is learned from:
+
+    j         0, 1, 2, …      over all epochs: each is a permutation of the records; scenes never repeat
+    pool      POOL batches    sorted by the length of the texts, cut into batches, which come in random order
+    batch     of one step     every world-th sample goes to a process, and its share is cut into micro-batches
+    Micro     ids (B, T), labels (B, T), pixels (I, 3, S, S)    what the model takes at once
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from chat import encode_chat
+from clip import preprocess
+from data import scenes
+from data.records import BadRecord, Records, Sample
+from overlay import draw
+from tokenizer import Tokenizer
+from vipllava import IGNORE, ViPLLaVAConfig, expand, pad
+
+SCENES = {
+    "captions": scenes.caption_sample,
+    "markers": scenes.marker_sample,
+    "marked": scenes.marked_caption_sample,
+    # wider strokes, easier to begin with
+    "bold-markers": functools.partial(scenes.marker_sample, distribution=scenes.BOLD),
+    "bold-marked": functools.partial(scenes.marked_caption_sample, distribution=scenes.BOLD),
+}
+POOL = 8  # batches
+
+
+# -- where samples come from -----------------------------------------------------------------------------------------
+
+
+def parse_mix(text: str) -> tuple[list[str], list[float]]:
+    """ "markers=3,captions=1" -> (["markers", "captions"], [0.75, 1.0]), the upper bounds of a uniform draw."""
+    shares = {}
+    for part in text.split(","):
+        name, _, share = part.partition("=")
+        if name not in SCENES:
+            choices = f"files of records, or of {', '.join(SCENES)}, as in markers=3,captions=1"
+            raise ValueError(f"unknown data source {name!r}; expected {choices}")
+        try:
+            shares[name] = float(share or 1)
+        except ValueError:
+            raise ValueError(f"the share of {name} is {share!r}; expected a number, such as {name}=3") from None
+        if not 0 < shares[name] < math.inf:
+            raise ValueError(f"the share of {name} is {share}; expected more than 0")
+    total, bounds = sum(shares.values()), []
+    for share in shares.values():
+        bounds.append((bounds[-1] if bounds else 0.0) + share / total)
+    return list(shares), bounds[:-1] + [1.0]
+
+
+class SceneSource:
+    """Drawn scenes without end."""
+
+    def __init__(self, mix: str, seed: int, side: int):
+        self.names, self.bounds = parse_mix(mix)
+        self.seed, self.size = seed, (side, side)
+
+    def sample(self, j: int) -> Sample:
+        generator = scenes.generator_for("train", self.seed, j)
+        u = generator.random()
+        return SCENES[next(n for n, bound in zip(self.names, self.bounds) if u < bound)](generator, self.size)
+
+    def name(self, j: int) -> str:
+        return f"scene {j}"
+
+    def bad(self, j: int, reason: str) -> BadRecord:
+        return BadRecord(Path("scenes"), j, self.name(j), reason)
+
+
+class RecordSource:
+    """The records of files, epoch after epoch, each in an order of its own."""
+
+    def __init__(self, files: list[Path], images: Path, seed: int):
+        self.records, self.seed = Records(files, images, seed), seed
+        if not len(self.records):
+            raise ValueError(f"no records in {', '.join(map(str, files))}")
+
+    @functools.lru_cache(maxsize=2)
+    def order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.records))
+
+    def place(self, j: int) -> tuple[int, int]:
+        """Epoch and record of sample j."""
+        epoch, k = divmod(j, len(self.records))
+        return epoch, int(self.order(epoch)[k])
+
+    def sample(self, j: int) -> Sample:
+        epoch, i = self.place(j)
+        return self.records.sample(i, epoch)
+
+    def name(self, j: int) -> str:
+        file, k = self.records.place(self.place(j)[1])
+        return f"{file.path.name} line {file.line(k)}"
+
+    def bad(self, j: int, reason: str) -> BadRecord:
+        return self.records.bad(self.place(j)[1], reason)
+
+
+# -- a sample -> what is trained on ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    name: str
+    ids: list[int]  # (T,), IMAGE once for each patch
+    labels: list[int]  # (T,), IGNORE where nothing is trained
+    pixels: torch.Tensor | None  # (3, S, S)
+
+
+def encode(sample: Sample, tokenizer: Tokenizer, config: ViPLLaVAConfig, template: str | None = None):
+    """ids and labels (T,), pixels (3, S, S) or None. template: None is the model's, or "plain" where nothing is asked;
+    "plain" leaves out what is asked, as stage 1 of the paper does."""
+    turns = sample.turns
+    template = template or (config.template if turns[0].question else "plain")
+    if template == "plain":
+        turns = [type(turns[0])("", turns[0].answer, turns[0].image)]
+    ids, trained = encode_chat(tokenizer, template, turns)
+    labels = [i if t else IGNORE for i, t in zip(ids, trained)]
+    labels = [label for i, label in zip(ids, labels) for _ in expand([i], config.vision.patches)]
+    pixels = None
+    if sample.image is not None:
+        pixels = preprocess(draw(sample.image, sample.markers), config.vision.image_size)
+    return expand(ids, config.vision.patches), labels, pixels
+
+
+class Examples(Dataset):
+    """Example j, or the BadRecord that it would come from: a worker's exceptions lose their words on the way."""
+
+    def __init__(self, source, tokenizer: Tokenizer, config: ViPLLaVAConfig, template: str | None, length: int):
+        self.source, self.tokenizer, self.config, self.template = source, tokenizer, config, template
+        self.length, self._ready = length, {}
+
+    def size(self, j: int) -> int:
+        """About how long sample j's text is. The sample is kept until it is asked for, in this process."""
+        try:
+            sample = self._ready[j] = self.source.sample(j)
+        except BadRecord:
+            return 0
+        return sum(len(turn.question) + len(turn.answer) for turn in sample.turns)
+
+    def forget(self) -> None:
+        self._ready.clear()
+
+    def __getitem__(self, j: int) -> Example | BadRecord:
+        try:
+            sample = self._ready.pop(j, None) or self.source.sample(j)
+            ids, labels, pixels = encode(sample, self.tokenizer, self.config, self.template)
+            if len(ids) > self.length:
+                raise self.source.bad(j, f"{len(ids)} tokens; expected at most {self.length}")
+        except BadRecord as error:
+            return error
+        return Example(self.source.name(j), ids, labels, pixels)
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Micro:
+    names: list[str]
+    ids: torch.Tensor  # (B, T), padded on the right, where causal attention never looks
+    labels: torch.Tensor  # (B, T)
+    pixels: torch.Tensor | None  # (I, 3, S, S), of those that have an image
+
+    def pin_memory(self) -> "Micro":
+        pinned = [None if x is None else x.pin_memory() for x in (self.ids, self.labels, self.pixels)]
+        return Micro(self.names, *pinned)
+
+
+def collate(examples: list[Example]) -> Micro:
+    pixels = [e.pixels for e in examples if e.pixels is not None]
+    ids, labels = pad([e.ids for e in examples], 0, "right")[0], pad([e.labels for e in examples], IGNORE, "right")[0]
+    return Micro([e.name for e in examples], ids, labels, torch.stack(pixels) if pixels else None)
+
+
+def _step(rows: list[Example | BadRecord], micro: int) -> tuple[list[Micro], list[BadRecord]]:
+    good, bad = [r for r in rows if isinstance(r, Example)], [r for r in rows if isinstance(r, BadRecord)]
+    return [collate(good[i : i + micro]) for i in range(0, len(good), micro)], bad
+
+
+def order(data: Examples, batch: int, seed: int, first: int, last: int) -> Iterator[list[int]]:
+    """The samples of the steps first … last - 1 of a run that ends with the step last - 1."""
+    for pool in range(first // POOL, -(-last // POOL)):
+        steps = range(pool * POOL, min((pool + 1) * POOL, last))
+        members = sorted(range(steps.start * batch, steps.stop * batch), key=data.size)
+        for step, k in zip(steps, np.random.default_rng([seed, pool]).permutation(len(steps))):
+            if step >= first:
+                yield members[k * batch : (k + 1) * batch]
+        data.forget()
+
+
+def batches(data: Examples, batch: int, seed: int, first: int, last: int, *, micro=0, rank=0, world=1, workers=0, pin=False):
+    """For each of the steps first … last - 1 this process's micro-batches, and the bad records among them."""
+    mine = (members[rank::world] for members in order(data, batch, seed, first, last))
+    join = functools.partial(_step, micro=micro or -(-batch // world))
+    return iter(DataLoader(data, batch_sampler=mine, collate_fn=join, num_workers=workers, pin_memory=pin))

@@ -1,0 +1,99 @@
+"""States of a run: all that makes a stopped run go on as if it had not been stopped.
+
+    out/states/step-00000250/    the trained weights and the optimizer's moments, by torch.distributed.checkpoint:
+                             each process writes its share, and any number of processes reads them again
+    out/states/step-00000250/about.json    step, recipe and base
+
+A state is written beside and renamed, so it is whole or not there; the last `keep` stay. Frozen weights are not in it,
+they come from the base; nor are samples, as each is a function of (seed, number) alone. Where the newest state can't
+be read (a disk that was full, a file cut short), the one before is taken, and that is said.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
+OPTIONS = StateDictOptions(ignore_frozen_params=True)
+UNREADABLE = (dcp.CheckpointException, RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError,
+              zipfile.BadZipFile)  # fmt: skip
+
+
+def _first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def save(out: Path, model, optimizer, step: int, about: dict, keep: int) -> None:
+    """Write the state after `step` steps, and remove all but the last `keep`."""
+    folder = out / "states" / f"step-{step:08}"
+    beside = folder.with_name(f".{folder.name}.part")
+    if _first():
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    _wait()
+    weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=beside)
+    if _first():
+        (beside / "about.json").write_text(json.dumps({"step": step, **about}, indent=1) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside, folder)
+        for old in _newest_first(out)[keep:]:
+            shutil.rmtree(old)
+    _wait()
+
+
+def load(out: Path, model, optimizer, about: dict) -> int:
+    """Take up the newest whole state in `out`: the number of steps done, 0 where there is none.
+
+    ValueError: it is of another run (recipe or base differ), or there are states and none can be read.
+    """
+    folders = _newest_first(out)
+    for folder in folders:
+        try:
+            found = json.loads((folder / "about.json").read_text())
+            _same_run(out, found, about)
+            weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
+            state = {"model": weights, "optimizer": moments}
+            dcp.load(state, checkpoint_id=folder)
+            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                           options=StateDictOptions(ignore_frozen_params=True, strict=False))  # fmt: skip
+        except AnotherRun:
+            raise
+        except UNREADABLE as error:
+            if _first():
+                print(f"{folder} can't be read ({type(error).__name__}); the state before it is taken", flush=True)
+            continue
+        if _first():
+            print(f"resumed {folder}", flush=True)
+        return found["step"]
+    if folders:
+        raise ValueError(f"none of {len(folders)} states in {out / 'states'} can be read; expected one, or another --out")
+    return 0
+
+
+class AnotherRun(ValueError):
+    """A folder holds states of a run with another recipe or another base."""
+
+
+def _same_run(out: Path, found: dict, about: dict) -> None:
+    then, now = {"base": found["base"], **found["recipe"]}, {"base": about["base"], **about["recipe"]}
+    if changed := [f"{key} {then.get(key)}, now {now[key]}" for key in now if then.get(key) != now[key]]:
+        expected = "expected the same flags, or another --out"
+        raise AnotherRun(f"{out} holds a run with another recipe ({'; '.join(changed)}); {expected}")
+
+
+def _newest_first(out: Path) -> list[Path]:
+    return sorted((out / "states").glob("step-*"), reverse=True)
