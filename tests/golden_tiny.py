@@ -1,4 +1,5 @@
-"""What transformers answers with weights/tiny: writes tests/golden/tiny_answers.json. Not run by pytest.
+"""What transformers answers with weights/tiny, and how it trains them: writes tests/golden/tiny_answers.json and
+tiny_training.npz. Not run by pytest.
 
     pip install transformers torch tokenizers safetensors pillow
     python tests/golden_tiny.py
@@ -11,19 +12,54 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
 import torch
 import transformers
 
+import cases
+
+import checkpoint
 from chat import IMAGE, encode_chat
 from clip import preprocess
+from data.batches import Examples, SceneSource, collate
 from data.scenes import generator_for, test_sample
+from make_golden import our_whole_name
 from overlay import KINDS, draw
 from tokenizer import Tokenizer
 
 
+FOLDER = ROOT / "weights" / "tiny"
+
+
+def train() -> None:
+    """Loss and gradients of one batch of four samples, and the losses of 20 steps of AdamW on it, in float32."""
+    model = transformers.VipLlavaForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32)
+    ours = checkpoint.load(FOLDER, "cpu", torch.float32)
+    data = Examples(SceneSource("markers", 0, 224), ours[1], ours[0].config, None, 1000)
+    micro = collate([data[j] for j in range(4)])
+    real = torch.arange(micro.ids.size(1)) < torch.tensor([[len(data[j].ids)] for j in range(4)])
+    batch = {"input_ids": micro.ids.masked_fill(micro.ids == IMAGE, model.config.image_token_id), "labels": micro.labels,
+             "pixel_values": micro.pixels, "attention_mask": real.long()}  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0)
+    losses = []
+    for _ in range(cases.TRAINING_STEPS):
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        if not losses:
+            named = {our_whole_name(name): p.grad for name, p in model.named_parameters() if p.grad is not None}
+            rows = ours[0].config.text.vocab_size
+            named = {name: g[:rows] if "embed_tokens" in name or "lm_head" in name else g for name, g in named.items()}
+            gradients = cases.fingerprint(named)
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"loss {losses[0]:.5f}, after {len(losses)} steps {losses[-1]:.5f}")
+    np.savez_compressed(ROOT / "tests" / "golden" / "tiny_training.npz", losses=losses, gradients=gradients)
+
+
 def main(n: int = 80) -> None:
-    model = transformers.VipLlavaForConditionalGeneration.from_pretrained(ROOT / "weights" / "tiny", dtype=torch.float32)
-    tokenizer, size = Tokenizer.load(ROOT / "weights" / "tiny"), model.config.vision_config.image_size
+    model = transformers.VipLlavaForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32)
+    tokenizer, size = Tokenizer.load(FOLDER), model.config.vision_config.image_size
     patches, answers = model.config.image_seq_length, []
     for i in range(n):
         sample = test_sample(generator_for("test", 0, i), kind=KINDS[i % len(KINDS)])
@@ -42,3 +78,4 @@ def main(n: int = 80) -> None:
 
 if __name__ == "__main__":
     main()
+    train()

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import checkpoint
+from cases import TRAINING_STEPS, fingerprint, load_golden
 from chat import encode_chat
 from clip import preprocess
+from data.batches import Examples, SceneSource, collate
 from data.scenes import generator_for, test_sample
 from evals.scenes import evaluate
 from overlay import KINDS, draw
@@ -38,6 +40,27 @@ def test_same_tokens_as_transformers(tiny):
             for row, token in zip(rows, tokens):
                 row += [] if token is None else [token]
         assert rows == golden[i : i + 16]
+
+
+def test_trains_as_transformers_does():
+    """Guards against labels shifted by one, an image that takes no gradient, and what such mistakes add up to: the loss
+    and gradients of a batch of four, and the losses of 20 steps of AdamW."""
+    model, tokenizer = checkpoint.load("tiny", device="cpu", dtype=torch.float32)
+    data, golden = Examples(SceneSource("markers", 0, 224), tokenizer, model.config, None, 1000), load_golden("tiny_training")
+    micro = collate([data[j] for j in range(4)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0)
+    losses = []
+    for _ in range(TRAINING_STEPS):
+        loss = model.loss(micro.ids, micro.labels, micro.pixels)
+        loss.backward()
+        if not losses:
+            ours = fingerprint({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+            assert ((ours - golden["gradients"]).abs() / golden["gradients"][:, :1]).max() < 1e-5
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    errors = (torch.tensor(losses) / golden["losses"] - 1).abs()
+    assert errors[0] < 1e-5 and errors.max() < 1e-4 and losses[-1] < losses[0], errors
 
 
 def test_names_what_is_marked_and_only_then(tiny):
