@@ -297,6 +297,8 @@ def train(model: ViPLLaVA, tokenizer: Tokenizer, source, recipe: Recipe, out: Pa
     data = Examples(source, tokenizer, model.config, recipe.template or None, recipe.length)
     steps = batches(data, recipe.batch, recipe.seed, first, recipe.steps, micro=habits.micro, rank=place.rank,
                     world=place.world, workers=habits.workers, pin=place.device.type == "cuda")  # fmt: skip
+    if measure and first == 0 and isinstance(source, RecordSource):
+        journal.report(step=0, accuracy=measure(model.eval()))
     stopping = stop_signals()
     for step, (micros, bad) in enumerate(steps, first):
         if bad and not habits.skip_bad:

@@ -25,7 +25,7 @@ def records(i: int, image: str, scene: scenes.Scene):
     """The i-th record of a mix: one of seven kinds, in turn."""
     boxes = [list(thing.box) for thing in scene.objects]
     flat = [round(v, 2) for point in scene.objects[0].polygon for v in point]
-    talk = [{"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": scenes.caption(scene)}]
+    talk = [{"from": "human", "value": "Describe the image."}, {"from": "gpt", "value": scenes.caption(scene)}]
     about = [{"from": "human", "value": "What is <region0>?"}, {"from": "gpt", "value": scenes.describe(scene.objects[0])}]
     return (
         {"id": f"refcocog-{i}", "image": image, "bboxes": boxes[:1], "segmentations": [[flat]], "answer": "a thing"},

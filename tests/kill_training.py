@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,25 +58,35 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    draw, killed = random.Random(args.seed), []
+    draw, killed, runs = random.Random(args.seed), [], 0
     with tempfile.TemporaryDirectory() as folder:
         never, often = Path(folder) / "never", Path(folder) / "often"
-        began = time.perf_counter()
-        assert start(never, args).wait() == 0
-        whole = time.perf_counter() - began
-        while len(killed) < args.n:
+        began, process = time.perf_counter(), start(never, args)
+        while not (never / "log.jsonl").exists():
+            time.sleep(0.05)
+        until_first = time.perf_counter() - began
+        assert process.wait() == 0
+        stepping = time.perf_counter() - began - until_first
+        while len(killed) < args.n:  # one run after the other, each killed several times
             process = start(often, args)
-            time.sleep(draw.uniform(0.3, 1.0) * min(whole, 12))  # while it imports, loads, steps or saves
-            if process.poll() is not None:
-                break
-            kill(often)
-            process.wait()
-            states = sorted((often / "states").glob("step-*")) if (often / "states").is_dir() else []
-            killed.append(states[-1].name.removeprefix("step-").lstrip("0") if states else "0")
-        assert start(often, args).wait() == 0
-        same = losses(often) == losses(never) and len(losses(never)) == args.steps
-        print(f"{len(killed)} kills, after saved steps {', '.join(killed)}: {'the same losses' if same else 'OTHER LOSSES'}")
-        return 0 if same else 1
+            moment = time.perf_counter() + draw.uniform(0.5 * until_first, until_first + 0.4 * stepping)
+            while process.poll() is None and time.perf_counter() < moment:
+                time.sleep(0.01)
+            if process.poll() is None:  # while it imports, loads, steps or saves
+                kill(often)
+                process.wait()
+                states = sorted((often / "states").glob("step-*")) if (often / "states").is_dir() else []
+                killed.append(int(states[-1].name.removeprefix("step-")) if states else 0)
+                if len(killed) < args.n:
+                    continue
+                assert start(often, args).wait() == 0
+            runs += 1
+            if losses(often) != losses(never) or len(losses(never)) != args.steps:
+                print(f"OTHER LOSSES after kills at saved steps {killed}")
+                return 1
+            shutil.rmtree(often)
+    print(f"{len(killed)} kills of {runs} runs of {args.steps} steps, at saved steps {killed}: the same losses, bit for bit")
+    return 0
 
 
 if __name__ == "__main__":

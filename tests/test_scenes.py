@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from commandline import run
 from data import scenes
+from data.records import Records
 from data.scenes import (BACKGROUNDS, OBJECT_COLORS, POSITIONS, SHAPES, Background, Scene, caption, caption_sample,
                          describe, example_scene, generator_for, main, make_object, marked_caption_sample,
                          marker_sample, relation, render, sample_markers, sample_scene, test_sample, write)
@@ -337,6 +338,20 @@ def test_written_records_are_official_and_say_what_the_pixels_say(tmp_path):
         assert f" {color} {shape}." in gpt["value"]
         pixels = np.array(image.crop((x0, y0, x1, y1))).reshape(-1, 3).astype(int)
         assert (abs(pixels - OBJECT_COLORS[color]).max(1) < 30).mean() > 0.2
+
+
+def test_houses_are_records_of_a_new_task(tmp_path):
+    """Guards against a fine-tuning example that teaches nothing new, whose records can't be read, or that is tested on
+    what it was trained on."""
+    assert run(main, ["houses", str(tmp_path / "out"), "-n", "30"]) == 0
+    told = {}
+    for split in ("train", "test"):
+        data = Records([tmp_path / "out" / f"{split}.json"], tmp_path / "out")
+        samples = list(data)
+        assert len(samples) == 30 and all(len(sample.markers) == 1 and sample.image.size == (224, 224) for sample in samples)
+        told[split] = [sample.turns[0].answer for sample in samples]
+        assert 5 <= sum(answer.endswith("house") for answer in told[split]) <= 20
+    assert told["train"] != told["test"] and not any("house" in caption(scene) for scene in many(50))
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path, capsys):

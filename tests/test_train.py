@@ -338,11 +338,30 @@ def test_an_adapter_is_trained_on_ones_own_records(mine, tmp_path):
             "--valid", str(mine / "good.json"), "--device", "cpu"]  # fmt: skip
     main([*argv, "--out", str(tmp_path / "run")])
     lines = log(tmp_path / "run")
+    assert lines[0]["step"] == 0 and lines[0]["accuracy"] < 0.5  # before
     assert lines[-1]["step"] == 120 and lines[-1]["accuracy"] >= 0.8
     assert lora.about(tmp_path / "run")["base"] == "tiny" and not (tmp_path / "run" / "model.safetensors").exists()
     model, tokenizer = checkpoint.load(tmp_path / "run", "cpu", torch.float32)
     data = train.Records([mine / "good.json"], mine)
     assert train.held_out_records(model, tokenizer, data) == lines[-1]["accuracy"]
+
+
+@pytest.mark.parametrize("flags, close", [(["--recompute"], 1e-6), (["--precision", "bfloat16"], 0.02)])
+def test_memory_for_time_and_bits(flags, close, base, tmp_path):
+    """Guards against recomputed activations that are others, and a bfloat16 that is another model; neither may be without
+    any effect on the way, or the flag would do nothing."""
+    argv = ["lora", "--model", str(base), "--data", "markers", "--steps", "4", "--rank", "2", "--lr", "0.01", *FLAGS, "--out"]
+    calls, compute = [], train.torch.utils.checkpoint.checkpoint
+    train.torch.utils.checkpoint.checkpoint = lambda *args, **kwargs: calls.append(1) or compute(*args, **kwargs)
+    try:
+        main([*argv, str(tmp_path / "plain")])
+        assert not calls
+        main([*argv, str(tmp_path / "other"), *flags])
+    finally:
+        train.torch.utils.checkpoint.checkpoint = compute
+    plain, other = losses(tmp_path / "plain"), losses(tmp_path / "other")
+    assert all(abs(other[k][0] / plain[k][0] - 1) < close for k in plain)
+    assert calls if "--recompute" in flags else other != plain
 
 
 def test_plain_captions_have_no_question(mine, tmp_path):
