@@ -531,6 +531,7 @@ def _write_weights(config: ViPLLaVAConfig, state: dict, folder: Path, shard_byte
             mean = x.float().mean(dim=0, keepdim=True).to(x.dtype)  # a head's mean row is never the likeliest token
             tensors[name] = torch.cat([x, mean.expand(more, -1)]) if more else x
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors lets nobody but its owner read it
         places.update(dict.fromkeys(tensors, file))
         total += sum(x.nbytes for x in tensors.values())
     if len(shards) > 1:

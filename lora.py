@@ -105,6 +105,7 @@ def save(model: nn.Module, folder: str | Path, base: str, state: dict | None = N
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / f"{FILE}.part"
     save_file({name: x.cpu().contiguous() for name, x in state.items()}, beside, {"about": json.dumps(what)})
+    beside.chmod(0o644)  # safetensors lets nobody but its owner read it
     os.replace(beside, folder / FILE)
 
 

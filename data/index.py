@@ -88,8 +88,17 @@ class JSONFile(Sequence):
             raise ValueError(f"line {line} holds a {type(record).__name__}; expected an object")
         return record
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_file": None, "_owner": None}
+    def __reduce__(self):
+        """For another process: the path, as it maps the same index; the table where there is no index."""
+        kept = {} if isinstance(self._table, np.memmap) else {"_table": np.asarray(self._table)}
+        return _again, (self.path, kept)
+
+
+def _again(path: Path, kept: dict) -> JSONFile:
+    file = JSONFile.__new__(JSONFile)
+    file.path, file._file, file._owner = path, None, None
+    file._table = kept["_table"] if kept else file._load()
+    return file if file._table is not None else JSONFile(path)
 
 
 def _lines(file) -> Iterator[tuple[int, int, int]]:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pickle
 import random
 
 import numpy as np
@@ -82,6 +83,17 @@ def test_a_folder_that_cant_be_written(tmp_path, monkeypatch):
     path.write_text(json.dumps(records(5)))
     monkeypatch.setattr(index.np, "save", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
     assert list(JSONFile(path)) == records(5)
+
+
+def test_what_goes_to_another_process_is_small(tmp_path, monkeypatch):
+    """Guards against a table of millions of records that is copied with every task."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(records(5000)))
+    file = JSONFile(path)
+    assert len(pickle.dumps(file)) < 1000 and list(pickle.loads(pickle.dumps(file))) == records(5000)
+    (tmp_path / ".a.json.index.npy").unlink()
+    monkeypatch.setattr(index.np, "save", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
+    assert list(pickle.loads(pickle.dumps(JSONFile(path)))) == records(5000)
 
 
 def _read(file):
