@@ -297,8 +297,10 @@ def train(model: ViPLLaVA, tokenizer: Tokenizer, source, recipe: Recipe, out: Pa
     data = Examples(source, tokenizer, model.config, recipe.template or None, recipe.length)
     steps = batches(data, recipe.batch, recipe.seed, first, recipe.steps, micro=habits.micro, rank=place.rank,
                     world=place.world, workers=habits.workers, pin=place.device.type == "cuda")  # fmt: skip
+    casting = functools.partial(torch.autocast, place.device.type, low, enabled=low != torch.float32)
     if measure and first == 0 and isinstance(source, RecordSource):
-        journal.report(step=0, accuracy=measure(model.eval()))
+        with casting():
+            journal.report(step=0, accuracy=measure(model.eval()))
     stopping = stop_signals()
     for step, (micros, bad) in enumerate(steps, first):
         if bad and not habits.skip_bad:
@@ -319,7 +321,8 @@ def train(model: ViPLLaVA, tokenizer: Tokenizer, source, recipe: Recipe, out: Pa
         done = step + 1
         journal.step(done, recipe, micros, loss, norm)
         if measure and (done % habits.eval_every == 0 or done == recipe.steps):
-            journal.report(step=done, accuracy=measure(model.eval()))
+            with casting():
+                journal.report(step=done, accuracy=measure(model.eval()))
         stop = place.most(bool(stopping))  # on any of the processes: all stop after the same step
         if done % habits.save_every == 0 or done == recipe.steps or stop:
             states.save(out, model, optimizer, done, about, habits.keep)

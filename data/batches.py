@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from chat import encode_chat
+from chat import Turn, encode_chat
 from clip import preprocess
 from data import scenes
 from data.records import BadRecord, Records, Sample
@@ -126,7 +126,7 @@ def encode(sample: Sample, tokenizer: Tokenizer, config: ViPLLaVAConfig, templat
     turns = sample.turns
     template = template or (config.template if turns[0].question else "plain")
     if template == "plain":
-        turns = [type(turns[0])("", turns[0].answer, turns[0].image)]
+        turns = [Turn("", turns[0].answer, turns[0].image)]
     ids, trained = encode_chat(tokenizer, template, turns)
     labels = [i if t else IGNORE for i, t in zip(ids, trained)]
     labels = [label for i, label in zip(ids, labels) for _ in expand([i], config.vision.patches)]
@@ -162,6 +162,8 @@ class Examples(Dataset):
                 raise self.source.bad(j, f"{len(ids)} tokens; expected at most {self.length}")
         except BadRecord as error:
             return error
+        except ValueError as error:  # a mask of another size than its image's, for one
+            return self.source.bad(j, str(error))
         return Example(self.source.name(j), ids, labels, pixels)
 
 

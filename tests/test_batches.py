@@ -117,6 +117,9 @@ def files(tmp_path):
     good = [{"id": f"good-{i}", "image": "a.png", "conversations": talk} for i in range(7)]
     (tmp_path / "good.json").write_text(json.dumps(good))
     (tmp_path / "bad.json").write_text(json.dumps([{"id": "bad-0", "image": "none.png", "conversations": talk}]))
+    Image.fromarray(np.full((20, 30), 255, np.uint8)).save(tmp_path / "mask.png")
+    small = {"id": "small", "image": "a.png", "regions": [{"mask": "mask.png"}], "conversations": talk}
+    (tmp_path / "small.json").write_text(json.dumps([small]))
     return tmp_path
 
 
@@ -140,3 +143,10 @@ def test_bad_records_come_beside_the_good_ones(small, files, workers):
     bad = [record for _, records in steps for record in records]
     assert len(bad) == 1 and isinstance(bad[0], BadRecord) and "none.png is not in" in str(bad[0]) and bad[0].id == "bad-0"
     assert sum(len(step) for step in names(steps)) == 7
+
+
+def test_a_mask_of_another_size_is_a_bad_record(small, files):
+    """Guards against a traceback, in a worker above all, where the record's line is what a person needs."""
+    source = RecordSource([files / "small.json"], files, seed=0)
+    record = Examples(source, small[1], small[0].config, None, 1000)[0]
+    assert isinstance(record, BadRecord) and record.id == "small" and "30 x 20 pixels, the image 60 x 40" in str(record)
