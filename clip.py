@@ -67,6 +67,16 @@ def open_image(path) -> Image.Image:
         raise ValueError(f"{path} can't be read as an image: {error}") from None
 
 
+def read_mask(path: str) -> np.ndarray:
+    """The pixels of an image file that are neither black nor transparent, (H, W) bool."""
+    open_image(path)  # says it when that is no image
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "1LIF" and not image.has_transparency_data:  # numbers, of which 1 of 65535 counts too
+            return np.asarray(image) != 0
+        return np.asarray(image.convert("RGBA").convert("RGBa"))[:, :, :3].any(axis=2)  # a: times alpha
+
+
 def upright(image: Image.Image) -> Image.Image:
     """`image` turned as its EXIF tag says, its first frame, as 8-bit RGB; transparent parts lie over white."""
     image = ImageOps.exif_transpose(image)

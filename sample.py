@@ -27,14 +27,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 import checkpoint
 import hub
 from chat import IMAGE, TEMPLATES, Turn, encode_chat, stop_ids
-from clip import open_image, preprocess
+from clip import open_image, preprocess, read_mask
 from commandline import Parser, check_device, complain, run
 from overlay import COLORS, Marker, Region, draw, make_marker, phrase, rgb_of
 from tokenizer import Stream, Tokenizer
@@ -150,16 +149,6 @@ def place(flag: str, text: str, image: Image.Image) -> Marker:
     except (ValueError, OSError) as error:
         raise ValueError(f"{flag} {_short(text)}: {error}") from None
     return placed
-
-
-def read_mask(path: str) -> np.ndarray:
-    """The pixels of an image file that are neither black nor transparent, (H, W) bool."""
-    open_image(path)  # says it when that is no image
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "1LIF" and not image.has_transparency_data:  # numbers, of which 1 of 65535 counts too
-            return np.asarray(image) != 0
-        return np.asarray(image.convert("RGBA").convert("RGBa"))[:, :, :3].any(axis=2)  # a: times alpha
 
 
 def fill_in(question: str | None, markers: list[Marker]) -> str:

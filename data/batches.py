@@ -1,6 +1,6 @@
 """Samples -> batches: which samples a step takes, in which order, for which process, hardly padded.
 
-Sample j of a run is a function of (seed, j), and which samples a step takes depends on their lengths alone. So neither
+Sample j of a run is a function of (seed, j), and which samples a step takes on the seed and their lengths. So neither
 workers, nor processes, nor a stop and a start anew change what is learned from:
 
     j         0, 1, 2, …      over all epochs: each is a permutation of the records; scenes never repeat

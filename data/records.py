@@ -44,15 +44,15 @@ if not __package__:  # run as a file: what it imports lies one floor up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 
-from chat import IMAGE, TEMPLATES, Turn, encode_chat
-from clip import open_image
+from chat import TEMPLATES, Turn
+from clip import open_image, read_mask
 from commandline import Parser, run
 from data.index import JSONFile
 from hub import find
-from overlay import COLORS, CONSTANT, KINDS, RELEASED, Distribution, Marker, Region, draw, phrase, rgb_of, sample_marker
-from tokenizer import Stream, Tokenizer
+from overlay import COLORS, CONSTANT, KINDS, RELEASED, Distribution, Marker, Region, phrase, rgb_of, sample_marker
+from tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ def choose_looks(generator: np.random.Generator, n: int, kinds: Sequence[str], g
         else:
             taken = fixed + [look.color for look in looks if look.kind == kind]
             names = [name for name, rgb in COLORS.items() if rgb not in taken]
+            if not names:
+                raise ValueError(f"{chosen.count(kind)} markers of the kind {kind}; expected {len(COLORS)} at most")
             color = COLORS[names[generator.integers(len(names))]]
         looks.append(Look(kind, color))
     words = [phrase(look) for look in looks]
@@ -193,8 +195,7 @@ def _regions(record, images, generator) -> Plan:
             raise ValueError(f"region {number} is {repr(given)[:60]}; expected box, polygons or mask")
         bitmap = None
         if "mask" in given:
-            with Image.open(inside(images, field(given, "mask", str), "mask")) as mask:
-                bitmap = np.asarray(mask.convert("L")) > 0
+            bitmap = read_mask(str(inside(images, field(given, "mask", str), "mask")))
         groups.append([Region(box=given.get("box"), polygons=given.get("polygons", ()), bitmap=bitmap)])
     given = record.get("markers") or []
     if given and len(given) != len(groups):
@@ -450,6 +451,16 @@ def _bad(file: JSONFile, k: int, record, error: Exception) -> BadRecord:
     return BadRecord(file.path, file.line(k), name, reason)
 
 
+def _read(file: JSONFile, k: int, images: Path, generator: np.random.Generator) -> tuple[dict, Sample]:
+    """Record k of a file, and its sample; BadRecord where it is none."""
+    record = None
+    try:
+        record = file[k]
+        return record, to_sample(record, images, generator)
+    except MALFORMED as error:
+        raise _bad(file, k, record, error) from None
+
+
 class Records:
     """The samples of one file or several, one after the other. Sample i of an epoch is a function of (seed, epoch, i)
     alone: neither workers nor resuming change it."""
@@ -472,12 +483,7 @@ class Records:
 
     def sample(self, i: int, epoch: int) -> Sample:
         file, k = self.place(i)
-        record = None
-        try:
-            record = file[k]
-            sample = to_sample(record, self.images, np.random.default_rng([self.seed, epoch, i]))
-        except MALFORMED as error:
-            raise _bad(file, k, record, error) from None
+        record, sample = _read(file, k, self.images, np.random.default_rng([self.seed, epoch, i]))
         return replace(sample, open=sample.open and partial(self._open, sample.open, file, k, record))
 
     def bad(self, i: int, reason: str) -> BadRecord:
@@ -500,15 +506,11 @@ def check_range(task: tuple[JSONFile, Path, range]) -> tuple[Counter, list[tuple
     file, images, numbers = task
     good, bad = Counter(), []
     for k in numbers:
-        record = None
         try:
-            record = file[k]
-            path = image_of(record, images)
-            annotate(record, images, np.random.default_rng([0, 0, k]), size_of(path) if path else None)
+            record, _ = _read(file, k, images, np.random.default_rng([0, 0, k]))
             good[kind_of(record)] += 1
-        except MALFORMED as error:
-            one = _bad(file, k, record, error)
-            bad.append((one.line, one.id, one.reason))
+        except BadRecord as error:
+            bad.append((error.line, error.id, error.reason))
     return good, bad
 
 
@@ -536,58 +538,6 @@ def _with_bar(items, total: int):
     return tqdm(items, "records", total, unit="k")
 
 
-def pieces(tokenizer: Tokenizer, ids: list[int], trained: list[bool]) -> list[tuple[str, bool]]:
-    """A conversation as runs of text: what is trained, and what is not."""
-    names, stream, runs = {IMAGE: "<image>", **{i: n for n, i in tokenizer.specials.items()}}, Stream(tokenizer), []
-    for i, learned in zip(ids, trained):
-        text = stream.flush() + names[i] if i in names else stream.push(i)
-        if runs and runs[-1][1] == learned:
-            text = runs.pop()[0] + text
-        runs.append((text, learned))
-    return runs
-
-
-def preview(path: Path, images: Path, n: int, out: Path, tokenizer: Tokenizer, template: str, side: int = 320) -> None:
-    """A sheet of n samples from all over a file: the marked image, and under it the turns, what is trained on green."""
-    records = Records([path], images)
-    if not 1 <= n <= len(records):
-        raise ValueError(f"n is {n}, and {path} has {len(records)} records; expected 1 to as many")
-    tiles = []
-    for k in range(n):
-        sample = records[k * len(records) // n]
-        tile, top = Image.new("RGB", (side, 8 * side), "white"), 0
-        if sample.image is not None:
-            marked = ImageOps.contain(draw(sample.image, sample.markers), (side, side))
-            tile.paste(marked, (0, 0))
-            top = marked.height
-        ids, trained = encode_chat(tokenizer, template, sample.turns)
-        bottom = write_runs(tile, top + 4, pieces(tokenizer, ids, trained))
-        tiles.append(tile.crop((0, 0, side, bottom + 8)))
-    columns = min(4, n)
-    rows = [tiles[i : i + columns] for i in range(0, n, columns)]
-    heights = [max(tile.height for tile in row) for row in rows]
-    page = Image.new("RGB", (columns * (side + 8) - 8, sum(heights)), "white")
-    for y, row in zip([0, *itertools.accumulate(heights)], rows):
-        for column, tile in enumerate(row):
-            page.paste(tile, (column * (side + 8), y))
-    page.save(out)
-
-
-def write_runs(tile: Image.Image, y: int, runs: list[tuple[str, bool]]) -> int:
-    """Text in lines, from height y on; returns where it ends. Trained runs have a green ground."""
-    pen, x, line = ImageDraw.Draw(tile), 2, 14
-    for text, learned in runs:
-        for word in re.findall(r"\n|[^\s]+|[^\S\n]+", text):
-            width = pen.textlength(word) if word != "\n" else 0
-            if word == "\n" or x + width > tile.width - 2:
-                x, y = 2, y + line
-            if word != "\n":
-                pen.rectangle((x, y, x + width, y + line - 2), fill="#b5e8b5") if learned else None
-                pen.text((x, y), word, fill="black")
-                x += width
-    return y + line
-
-
 def main(argv: list[str]) -> None:
     parser = Parser(prog="data/records.py", description="Look at the records that train a model.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -606,6 +556,8 @@ def main(argv: list[str]) -> None:
         if check(args.file, args.images):
             sys.exit(1)
     else:
+        from data.preview import preview  # which reads records by this file
+
         tokenizer = Tokenizer.load(find(args.tokenizer))
         preview(args.file, args.images, args.n, args.out, tokenizer, args.template)
 

@@ -11,7 +11,8 @@ from PIL import Image
 from chat import IMAGE, encode_chat
 from commandline import run
 from data import records
-from data.records import BadRecord, Records, annotate, choose_looks, kind_of, pieces, to_sample
+from data.preview import pieces
+from data.records import BadRecord, Records, annotate, choose_looks, kind_of, to_sample
 from overlay import COLORS, KINDS, phrase
 
 SIZE = (200, 140)
@@ -149,6 +150,8 @@ def test_looks_use_all_that_words_can_tell_apart():
     for seed in range(20):
         looks = choose_looks(np.random.default_rng(seed), 18, ("rectangle", "ellipse"))
         assert len({phrase(look) for look in looks}) == 18
+    with pytest.raises(ValueError, match="10 markers of the kind arrow; expected 9 at most"):
+        choose_looks(np.random.default_rng(0), 10, KINDS, [{"kind": "arrow"}] * 10)
     with pytest.raises(ValueError, match="19 regions; expected at most 18"):
         choose_looks(np.random.default_rng(0), 19, ("rectangle", "ellipse"))
 

@@ -1,0 +1,67 @@
+"""A sheet of records as a model sees them: the marked image, its turns, and on a green ground what is trained.
+
+    python data/records.py preview mine.json --images photos -n 12
+"""
+
+import itertools
+import re
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageOps
+
+from chat import IMAGE, encode_chat
+from data.records import Records
+from overlay import draw
+from tokenizer import Stream, Tokenizer
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int], trained: list[bool]) -> list[tuple[str, bool]]:
+    """A conversation as runs of text: what is trained, and what is not."""
+    names, stream, runs = {IMAGE: "<image>", **{i: n for n, i in tokenizer.specials.items()}}, Stream(tokenizer), []
+    for i, learned in zip(ids, trained):
+        text = stream.flush() + names[i] if i in names else stream.push(i)
+        if runs and runs[-1][1] == learned:
+            text = runs.pop()[0] + text
+        runs.append((text, learned))
+    return runs
+
+
+def preview(path: Path, images: Path, n: int, out: Path, tokenizer: Tokenizer, template: str, side: int = 320) -> None:
+    """A sheet of n samples from all over a file: the marked image, and under it the turns, what is trained on green."""
+    records = Records([path], images)
+    if not 1 <= n <= len(records):
+        raise ValueError(f"n is {n}, and {path} has {len(records)} records; expected 1 to as many")
+    tiles = []
+    for k in range(n):
+        sample = records[k * len(records) // n]
+        tile, top = Image.new("RGB", (side, 8 * side), "white"), 0
+        if sample.image is not None:
+            marked = ImageOps.contain(draw(sample.image, sample.markers), (side, side))
+            tile.paste(marked, (0, 0))
+            top = marked.height
+        ids, trained = encode_chat(tokenizer, template, sample.turns)
+        bottom = write_runs(tile, top + 4, pieces(tokenizer, ids, trained))
+        tiles.append(tile.crop((0, 0, side, bottom + 8)))
+    columns = min(4, n)
+    rows = [tiles[i : i + columns] for i in range(0, n, columns)]
+    heights = [max(tile.height for tile in row) for row in rows]
+    page = Image.new("RGB", (columns * (side + 8) - 8, sum(heights)), "white")
+    for y, row in zip([0, *itertools.accumulate(heights)], rows):
+        for column, tile in enumerate(row):
+            page.paste(tile, (column * (side + 8), y))
+    page.save(out)
+
+
+def write_runs(tile: Image.Image, y: int, runs: list[tuple[str, bool]]) -> int:
+    """Text in lines, from height y on; returns where it ends. Trained runs have a green ground."""
+    pen, x, line = ImageDraw.Draw(tile), 2, 14
+    for text, learned in runs:
+        for word in re.findall(r"\n|[^\s]+|[^\S\n]+", text):
+            width = pen.textlength(word) if word != "\n" else 0
+            if word == "\n" or x + width > tile.width - 2:
+                x, y = 2, y + line
+            if word != "\n":
+                pen.rectangle((x, y, x + width, y + line - 2), fill="#b5e8b5") if learned else None
+                pen.text((x, y), word, fill="black")
+                x += width
+    return y + line
