@@ -16,7 +16,6 @@ kept in float32; in bfloat16, which is the default on a GPU, is what is frozen, 
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
@@ -25,7 +24,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +34,6 @@ import torch.nn as nn
 import torch.utils.checkpoint
 from PIL import Image, ImageDraw
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import llama
@@ -44,19 +41,20 @@ import lora
 import states
 from chat import HUMAN, TEMPLATES
 from clip import VisionConfig
-from commandline import Parser, check_device, run
+from commandline import Parser, run
 from data import scenes
 from data.batches import SCENES, Examples, Micro, RecordSource, SceneSource, batches, parse_mix
 from data.records import Records
 from evals.scenes import answer, evaluate
+from parallel import Objective, Place, find_place, gradients, spread
 from tokenizer import Tokenizer
-from vipllava import IGNORE, ViPLLaVA, ViPLLaVAConfig
+from vipllava import ViPLLaVA, ViPLLaVAConfig
 
 TRAINED = {  # what may be trained: the beginnings of the parameters' names
     "all": ("",),
     "language": ("projector.", "llama."),
     "projector": ("projector.",),
-    "lora": ("projector.", "lora"),
+    "lora": ("projector.",),  # and what lora.py adds
 }
 
 
@@ -125,7 +123,7 @@ def freeze(model: ViPLLaVA, recipe: Recipe, low: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(recipe.seed)
         lora.add(model, recipe.rank, recipe.alpha, recipe.targets.split(","), generator)
     for name, p in model.named_parameters():
-        learns = name.startswith(TRAINED[recipe.train]) or recipe.train == "lora" and ".lora_" in name
+        learns = name.startswith(TRAINED[recipe.train]) or ".lora_" in name
         p.requires_grad_(learns and not name.startswith(idle))
         p.data = p.data.to(torch.float32 if p.requires_grad else low)
 
@@ -158,114 +156,6 @@ def schedule(step: int, recipe: Recipe) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))
 
 
-# -- processes -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Place:
-    """This process among `world` of them, and its device."""
-
-    device: torch.device
-    rank: int = 0
-    world: int = 1
-
-    def sum(self, value: float) -> float:
-        """The sum over all processes."""
-        if self.world == 1:
-            return value
-        x = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(x)
-        return x.item()
-
-    def most(self, value: int) -> int:
-        if self.world == 1:
-            return value
-        x = torch.tensor(value, device=self.device)
-        dist.all_reduce(x, op=dist.ReduceOp.MAX)
-        return int(x)
-
-
-def find_place(device: str | None) -> Place:
-    """What torchrun says in the environment; without it, the one process."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return Place(check_device(device))
-    chosen = check_device(device)
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return Place(chosen, dist.get_rank(), world)
-
-
-class Objective(nn.Module):
-    """The summed loss of a micro-batch, as one module whose forward DDP and FSDP can wrap.
-
-    Both wait for every weight's gradient from every process. So where one of several has no image, or no sample left,
-    it lets an empty one pass, which counts nothing.
-    """
-
-    def __init__(self, model: ViPLLaVA, low: torch.dtype, several: bool):
-        super().__init__()
-        self.model, self.low, self.several = model, low, several
-
-    def forward(self, ids, labels, pixels) -> torch.Tensor:
-        config, device = self.model.config.vision, self.model.projector.linear_1.weight.device
-        counts = 1.0
-        if ids is None:
-            ids, labels, counts = torch.zeros(1, 2, dtype=torch.long, device=device), None, 0.0
-        with torch.autocast(device.type, self.low, enabled=self.low != torch.float32):
-            loss = counts * self.model.loss(ids, ids if labels is None else labels, pixels, reduction="sum")
-            if pixels is None and self.several:
-                empty = torch.zeros(1, 3, config.image_size, config.image_size, device=device)
-                loss = loss + 0.0 * self.model.encode_images(empty).sum()
-        return loss
-
-
-def spread(objective: Objective, parallel: str, place: Place) -> nn.Module:
-    """The same, for several processes: whole copies (DDP), or each a share of every weight (FSDP2)."""
-    if parallel == "fsdp":
-        kept = objective.low if objective.low != torch.float32 else None
-        shard = functools.partial(fully_shard, mp_policy=MixedPrecisionPolicy(kept, torch.float32))
-        for block in (*objective.model.llama.layers, *objective.model.vision.layers):
-            shard(block)
-        return shard(objective)
-    if place.world > 1:
-        return DistributedDataParallel(objective, device_ids=[place.device] if place.device.type == "cuda" else None)
-    return objective
-
-
-def gradients(objective: nn.Module, micros: list[Micro], place: Place) -> tuple[float, int]:
-    """Backward through the micro-batches of a step -> the mean loss of all its answer tokens, and their number."""
-    tokens = place.sum(sum(int((m.labels[:, 1:] != IGNORE).sum()) for m in micros))
-    if not tokens:
-        return math.nan, 0
-    turns, total = place.most(len(micros)), 0.0
-    for k in range(turns):
-        micro = micros[k] if k < len(micros) else Micro([], None, None, None)
-        inputs = [None if x is None else x.to(place.device, non_blocking=True) for x in (micro.ids, micro.labels, micro.pixels)]
-        with _synchronised(objective, k == turns - 1):
-            loss = objective(*inputs) * (place.world / tokens)  # both DDP and FSDP take the mean over processes
-            loss.backward()
-        total += loss.detach()
-    for p in objective.parameters():  # of a step without images; several processes exchange zeros then, and Adam moves on
-        if p.requires_grad and p.grad is None:
-            p.grad = torch.zeros_like(p)
-    return place.sum(float(total)) / place.world, int(tokens)
-
-
-@contextlib.contextmanager
-def _synchronised(objective: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients are exchanged after the last micro-batch only."""
-    if isinstance(objective, DistributedDataParallel) and not last:
-        with objective.no_sync():
-            yield
-        return
-    if hasattr(objective, "set_requires_gradient_sync"):
-        objective.set_requires_gradient_sync(last)
-    yield
-
-
 # -- the loop --------------------------------------------------------------------------------------------------------
 
 
@@ -286,7 +176,7 @@ class Habits:
 
 def train(model: ViPLLaVA, tokenizer: Tokenizer, source, recipe: Recipe, out: Path, base: str, place: Place, habits: Habits,
           parallel="ddp", low=torch.float32, measure=None) -> None:
-    """Train to recipe.steps, or on from a checkpoint in `out`. measure(): accuracies to report."""
+    """Train to recipe.steps, or on from a state in `out`. measure(model): the accuracy to report, or accuracies."""
     out.mkdir(parents=True, exist_ok=True)
     objective = spread(Objective(model, low, place.world > 1), parallel, place)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -300,7 +190,7 @@ def train(model: ViPLLaVA, tokenizer: Tokenizer, source, recipe: Recipe, out: Pa
     casting = functools.partial(torch.autocast, place.device.type, low, enabled=low != torch.float32)
     if measure and first == 0 and isinstance(source, RecordSource):
         with casting():
-            journal.report(step=0, accuracy=measure(model.eval()))
+            journal.measure(0, lambda: measure(model.eval()))
     stopping = stop_signals()
     for step, (micros, bad) in enumerate(steps, first):
         if bad and not habits.skip_bad:
@@ -322,7 +212,7 @@ def train(model: ViPLLaVA, tokenizer: Tokenizer, source, recipe: Recipe, out: Pa
         journal.step(done, recipe, micros, loss, norm)
         if measure and (done % habits.eval_every == 0 or done == recipe.steps):
             with casting():
-                journal.report(step=done, accuracy=measure(model.eval()))
+                journal.measure(done, lambda: measure(model.eval()))
         stop = place.most(bool(stopping))  # on any of the processes: all stop after the same step
         if done % habits.save_every == 0 or done == recipe.steps or stop:
             states.save(out, model, optimizer, done, about, habits.keep)
@@ -365,14 +255,15 @@ def flops_per_token(model: ViPLLaVA) -> float:
 
 
 class Journal:
-    """A line now and then, the same as JSON in log.jsonl, and the bad records in bad.jsonl."""
+    """A line now and then, the same as JSON in log.jsonl, and each process's bad records in bad-0.txt, bad-1.txt, …"""
 
     def __init__(self, out: Path, speaks: bool, first: int, habits: Habits, place: Place, flops: float):
         self.out, self.speaks, self.habits, self.place, self.flops = out, speaks, habits, place, flops
         self.began, self.samples, self.tokens, self.skipped = time.perf_counter(), 0, 0, 0
         if speaks and (out / "log.jsonl").is_file():  # steps after the state that is taken up will be told again
-            lines = [line for line in open(out / "log.jsonl") if line.endswith("\n") and json.loads(line)["step"] <= first]
-            (out / "log.jsonl.part").write_text("".join(lines))
+            lines = [line for line in open(out / "log.jsonl") if line.endswith("\n")]  # the last may be half a one
+            kept = [line for line in lines if first and json.loads(line)["step"] <= first]
+            (out / "log.jsonl.part").write_text("".join(kept))
             os.replace(out / "log.jsonl.part", out / "log.jsonl")
 
     def bad(self, records: list) -> None:
@@ -404,7 +295,12 @@ class Journal:
             print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in said.items()), flush=True)
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(said) + "\n")
-        self.began = time.perf_counter()
+
+    def measure(self, done: int, accuracy: Callable) -> None:
+        """Report accuracy(); the time that it takes is not counted as training."""
+        began = time.perf_counter()
+        self.report(step=done, accuracy=accuracy())
+        self.began += time.perf_counter() - began
 
 
 def plot(out: Path, width: int = 640, height: int = 360) -> None:
@@ -496,9 +392,13 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def at_least(low: int, text: str) -> int:
-    if int(text) < low:
-        raise argparse.ArgumentTypeError(f"{text} came; expected {low} or more")
-    return int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} came; expected a whole number") from None
+    if value < low:
+        raise argparse.ArgumentTypeError(f"{value} came; expected {low} or more")
+    return value
 
 
 def find_source(recipe: Recipe, images: Path):
@@ -506,10 +406,14 @@ def find_source(recipe: Recipe, images: Path):
     names = [part.partition("=")[0] for part in recipe.data.split(",")]
     if not recipe.data:
         raise ValueError(f"no data; expected --data with files of records, or with scenes: {', '.join(SCENES)}")
-    if not all(Path(name).is_file() for name in names):
+    missing = [name for name in names if not Path(name).is_file()]
+    if missing == names:
+        source = SceneSource(recipe.data, recipe.seed, recipe.side)
         if not recipe.steps:
             raise ValueError("steps is 0, and scenes never end; expected --steps")
-        return SceneSource(recipe.data, recipe.seed, recipe.side), recipe
+        return source, recipe
+    if missing:
+        raise FileNotFoundError(f"no file {missing[0]}; expected all of {recipe.data} to be there")
     if not images.is_dir():
         raise ValueError(f"no folder {images}; expected the one that images lie in")
     source = RecordSource([Path(name) for name in names], images, recipe.seed)

@@ -25,7 +25,8 @@ from chat import IMAGE
 from clip import VisionConfig
 from commandline import Parser, check_device, run
 from tokenizer import Tokenizer
-from train import RECIPES, TINY, TRAINED, Objective, flops_per_token, freeze, parameter_groups
+from parallel import Objective
+from train import RECIPES, TINY, TRAINED, flops_per_token, freeze, parameter_groups
 from vipllava import ViPLLaVA, ViPLLaVAConfig
 
 SIZES = {
@@ -110,6 +111,21 @@ def timed(step, device) -> tuple[float, float]:
     return time.perf_counter() - began, loss
 
 
+def race(sides: dict, steps: int, device, tolerance: float) -> tuple[dict[str, float], dict[str, float]]:
+    """The sides in turn -> the first loss of each, which must agree, and the median seconds of a step after warm-up."""
+    losses = {name: timed(step, device)[1] for name, step in sides.items()}
+    if max(losses.values()) / min(losses.values()) - 1 > tolerance:
+        raise ValueError(f"the first losses are {losses}; expected them to agree")
+    for _ in range(2):
+        for step in sides.values():
+            timed(step, device)
+    seconds = {name: [] for name in sides}
+    for _ in range(steps):
+        for name, step in sides.items():
+            seconds[name].append(timed(step, device)[0])
+    return losses, {name: statistics.median(times) for name, times in seconds.items()}
+
+
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m bench.training", description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="tiny")
@@ -142,17 +158,7 @@ def main(argv: list[str]) -> None:
         for block in model.llama.layers:
             block.compile()
     sides["ours"] = our_step(model.to(device), recipe, batch, low)
-    losses = {name: timed(step, device)[1] for name, step in sides.items()}
-    if max(losses.values()) / min(losses.values()) - 1 > (1e-5 if low == torch.float32 else 1e-2):
-        raise ValueError(f"the first losses are {losses}; expected them to agree")
-    for _ in range(2):
-        for step in sides.values():
-            timed(step, device)
-    seconds = {name: [] for name in sides}
-    for _ in range(args.steps):
-        for name, step in sides.items():
-            seconds[name].append(timed(step, device)[0])
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    losses, medians = race(sides, args.steps, device, 1e-5 if low == torch.float32 else 1e-2)
     versions = f"torch {torch.__version__}" + (f", transformers {transformers.__version__}" if transformers else "")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     count = sum(p.numel() for p in model.parameters()) / 1e6

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -322,6 +323,24 @@ def test_somebody_elses_model_is_refused_before_training(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+def test_the_rate_does_not_count_the_time_of_a_measurement(tmp_path, monkeypatch):
+    """Guards against samples of before a measurement over the seconds since: a rate that doubles, or one that halves."""
+    now = [0.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    journal = train.Journal(tmp_path, True, 0, train.Habits(log_every=2), Place(torch.device("cpu")), 1.0)
+    micro, recipe = SimpleNamespace(names=["a"] * 8, ids=torch.zeros(8, 5)), Recipe("markers", steps=4)
+
+    def slow():
+        now[0] += 100
+        return 0.5
+
+    for done in (1, 2):
+        now[0] += 2
+        journal.step(done, recipe, [micro], 1.0, 1.0)
+        journal.measure(done, slow)
+    assert [line["samples/s"] for line in log(tmp_path) if "loss" in line] == [4.0]
+
+
 def test_a_run_is_a_model_that_loads(tmp_path):
     """Guards against a run folder that only the training loop can read: it answers after checkpoint.load."""
     main(["tiny-markers", "--out", str(tmp_path / "run"), "--steps", "1", *FLAGS])
@@ -392,6 +411,8 @@ def test_bad_records_stop_or_are_listed(base, mine, tmp_path):
     (["--lr", "nan"], "lr is nan"), (["--log-every", "0"], "expected 1 or more"), (["--workers", "-1"], "expected 0 or more"),
     (["--train", "some"], "train is 'some'"), (["--template", "x"], "template is 'x'"), (["--data", ""], "no data"),
     (["--data", "markers=0"], "more than 0"), (["--data", "markers=x"], "a number"),
+    (["--data", "nosuch.json", "--steps", "0"], "unknown data source 'nosuch.json'; expected files of records"),
+    (["--data", "pytest.ini,nosuch.json"], "no file nosuch.json"), (["--keep", "x"], "'x' came; expected a whole number"),
     (["--train", "lora"], "expected --model"), (["--train", "lora", "--targets", "q", "--model", "tiny"], "target 'q'"),
     (["--data", "README.md", "--steps", "1"], "README.md begins with"),
 ])  # fmt: skip

@@ -1,0 +1,133 @@
+"""One loss over several processes and micro-batches: that of one process with all the samples.
+
+    loss of a step = sum of the answers' cross-entropies / number of their tokens, over all of them
+
+A mean of means would weigh a sample by its company, as answers differ in length. So everybody sums, and divides by the
+tokens of all. torchrun starts the processes; PyTorch's DDP or FSDP2 adds their gradients up.
+
+    place = find_place(None)                                       # this process among the others, and its device
+    objective = spread(Objective(model, torch.float32, place.world > 1), "ddp", place)
+    loss, tokens = gradients(objective, micros, place)             # then clip, and let the optimizer step
+"""
+
+import contextlib
+import functools
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from commandline import check_device
+from data.batches import Micro
+from vipllava import IGNORE, ViPLLaVA
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among `world` of them, and its device."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    def sum(self, value: float) -> float:
+        """The sum over all processes."""
+        if self.world == 1:
+            return value
+        x = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(x)
+        return x.item()
+
+    def most(self, value: int) -> int:
+        if self.world == 1:
+            return value
+        x = torch.tensor(value, device=self.device)
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        return int(x)
+
+
+def find_place(device: str | None) -> Place:
+    """What torchrun says in the environment; without it, the one process."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return Place(check_device(device))
+    chosen = check_device(device)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Place(chosen, dist.get_rank(), world)
+
+
+class Objective(nn.Module):
+    """The summed loss of a micro-batch, as one module whose forward DDP and FSDP can wrap.
+
+    Both wait for every weight's gradient from every process. So where one of several has no image, or no sample left,
+    it lets an empty one pass, which counts nothing.
+    """
+
+    def __init__(self, model: ViPLLaVA, low: torch.dtype, several: bool):
+        super().__init__()
+        self.model, self.low, self.several = model, low, several
+
+    def forward(self, ids, labels, pixels) -> torch.Tensor:
+        config, device = self.model.config.vision, self.model.projector.linear_1.weight.device
+        counts = 1.0
+        if ids is None:
+            ids, labels, counts = torch.zeros(1, 2, dtype=torch.long, device=device), None, 0.0
+        with torch.autocast(device.type, self.low, enabled=self.low != torch.float32):
+            loss = counts * self.model.loss(ids, ids if labels is None else labels, pixels, reduction="sum")
+            if pixels is None and self.several:
+                empty = torch.zeros(1, 3, config.image_size, config.image_size, device=device)
+                loss = loss + 0.0 * self.model.encode_images(empty).sum()
+        return loss
+
+
+def spread(objective: Objective, parallel: str, place: Place) -> nn.Module:
+    """The same, for several processes: whole copies (DDP), or each a share of every weight (FSDP2)."""
+    if parallel == "fsdp":
+        kept = objective.low if objective.low != torch.float32 else None
+        shard = functools.partial(fully_shard, mp_policy=MixedPrecisionPolicy(kept, torch.float32))
+        for block in (*objective.model.llama.layers, *objective.model.vision.layers):
+            shard(block)
+        return shard(objective)
+    if place.world > 1:
+        return DistributedDataParallel(objective, device_ids=[place.device] if place.device.type == "cuda" else None)
+    return objective
+
+
+def gradients(objective: nn.Module, micros: list[Micro], place: Place) -> tuple[float, int]:
+    """Backward through the micro-batches of a step -> the mean loss of all its answer tokens, and their number."""
+    tokens = place.sum(sum(int((m.labels[:, 1:] != IGNORE).sum()) for m in micros))
+    if not tokens:
+        return math.nan, 0
+    turns, total = place.most(len(micros)), 0.0
+    for k in range(turns):
+        micro = micros[k] if k < len(micros) else Micro([], None, None, None)
+        inputs = [None if x is None else x.to(place.device, non_blocking=True) for x in (micro.ids, micro.labels, micro.pixels)]
+        with _synchronised(objective, k == turns - 1):
+            loss = objective(*inputs) * (place.world / tokens)  # both DDP and FSDP take the mean over processes
+            loss.backward()
+        total += loss.detach()
+    for p in objective.parameters():  # of a step without images; several processes exchange zeros then, and Adam moves on
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)
+    return place.sum(float(total)) / place.world, int(tokens)
+
+
+@contextlib.contextmanager
+def _synchronised(objective: nn.Module, last: bool) -> Iterator[None]:
+    """Gradients are exchanged after the last micro-batch only."""
+    if isinstance(objective, DistributedDataParallel) and not last:
+        with objective.no_sync():
+            yield
+        return
+    if hasattr(objective, "set_requires_gradient_sync"):
+        objective.set_requires_gradient_sync(last)
+    yield
