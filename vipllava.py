@@ -113,7 +113,7 @@ class ViPLLaVA(nn.Module):
         prompts: Sequence[Sequence[int]],
         pixels: torch.Tensor | None = None,
         *,
-        max_new_tokens: int = 512,
+        max_new_tokens: int | None = None,
         stop_ids: Collection[int] = (),
         temperature: float = 0.0,
         top_k: int = 0,
@@ -123,10 +123,13 @@ class ViPLLaVA(nn.Module):
         """Answer a batch of prompts, one token a row at a time: yields lists of B ids, None for a row that has ended.
 
         prompts: B lists of ids with one IMAGE for each image; pixels: all their images in reading order. A row ends
-        with any of stop_ids (which are not yielded) or after max_new_tokens. Sampling options: see llama.sample. Raises
-        ValueError, before anything is computed, when prompts and images don't match or don't fit the context.
+        with any of stop_ids (which are not yielded) or after max_new_tokens; None is 512, or what the context leaves.
+        Sampling options: see llama.sample. Raises ValueError, before anything is computed, when prompts and images don't
+        match or don't fit the context.
         """
         rows = [expand(p, self.config.vision.patches) for p in prompts]
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(512, self.config.text.context - max(map(len, rows), default=0)))
         self._check_request(prompts, rows, pixels, max_new_tokens)
         longest = max(map(len, rows))
         device, dtype = self.llama.embed_tokens.weight.device, self.llama.embed_tokens.weight.dtype

@@ -1,6 +1,7 @@
 """The weights that ship: do they answer, as README says, and as transformers does?"""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -72,6 +73,14 @@ def test_names_what_is_marked_and_only_then(tiny):
     assert all(right >= 14 for right, seen in table.values()), table
     unmarked = evaluate(*tiny, 160, unmarked=True)
     assert sum(right for right, _ in unmarked.values()) <= 70
+
+
+def test_the_python_of_the_readme():
+    """Guards against an example that does not run, or does not answer as README says."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code, answer = re.search(r"```python\n(.*?)```\n```\n(.*?)```", readme, re.DOTALL).groups()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == answer == "a yellow heart\n"
 
 
 def test_quick_start():

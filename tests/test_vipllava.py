@@ -411,6 +411,15 @@ def test_the_golden_cases_are_good():
         assert max(max(p) for p in prompts_of(case, IMAGE)) < case["image_token_id"]
 
 
+def test_an_answer_may_take_what_the_context_leaves():
+    """Guards against a default length that no prompt fits into, in a model whose context is short: 100 here."""
+    model, pixels = small()
+    rows = answers(model, PROMPTS[:1], pixels[:1])
+    assert len(rows[0]) == 100 - len(expand(PROMPTS[0], 9))
+    with pytest.raises(ValueError, match="the model's context is 100"):
+        answers(model, [[1] * 100], None)
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
