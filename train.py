@@ -16,6 +16,7 @@ kept in float32; in bfloat16, which is the default on a GPU, is what is frozen, 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -24,7 +25,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,8 +176,9 @@ class Habits:
 
 
 def train(model: ViPLLaVA, tokenizer: Tokenizer, source, recipe: Recipe, out: Path, base: str, place: Place, habits: Habits,
-          parallel="ddp", low=torch.float32, measure=None) -> None:
-    """Train to recipe.steps, or on from a state in `out`. measure(model): the accuracy to report, or accuracies."""
+          parallel="ddp", low=torch.float32, measure=None, stopping=()) -> None:
+    """Train to recipe.steps, or on from a state in `out`. measure(model): the accuracy to report, or accuracies.
+    stopping: once there is something in it, the run saves and ends, see stop_signals."""
     out.mkdir(parents=True, exist_ok=True)
     objective = spread(Objective(model, low, place.world > 1), parallel, place)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -191,7 +193,6 @@ def train(model: ViPLLaVA, tokenizer: Tokenizer, source, recipe: Recipe, out: Pa
     if measure and first == 0 and isinstance(source, RecordSource):
         with casting():
             journal.measure(0, lambda: measure(model.eval()))
-    stopping = stop_signals()
     for step, (micros, bad) in enumerate(steps, first):
         if bad and not habits.skip_bad:
             raise bad[0]
@@ -225,12 +226,16 @@ def train(model: ViPLLaVA, tokenizer: Tokenizer, source, recipe: Recipe, out: Pa
         sys.exit(f"stopped after step {done} of {recipe.steps}; the same command continues")
 
 
-def stop_signals() -> list[int]:
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
     """A list that Ctrl-C or SIGTERM fills, so that a step is finished and saved before the run ends."""
-    stopping = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: stopping.append(number))
-    return stopping
+    stopping, names = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(name, lambda number, frame: stopping.append(number)) for name in names]
+    try:
+        yield stopping
+    finally:
+        for name, handler in zip(names, before):
+            signal.signal(name, handler)
 
 
 def publish(model: ViPLLaVA, tokenizer: Tokenizer, out: Path, base: str, recipe: Recipe, place: Place) -> None:
@@ -452,7 +457,8 @@ def main(argv: list[str]) -> None:
     habits = Habits(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Habits)})
     base = args.model or ""
     base = str(Path(base).resolve()) if Path(base).is_dir() and base else base
-    train(model, tokenizer, source, recipe, args.out, base, place, habits, args.parallel, low, measure)
+    with stop_signals() as stopping:
+        train(model, tokenizer, source, recipe, args.out, base, place, habits, args.parallel, low, measure, stopping)
     if place.world > 1:
         dist.destroy_process_group()
 

@@ -199,6 +199,7 @@ def test_loss_falls(tmp_path):
 def test_a_stopped_run_continues_exactly(tmp_path, monkeypatch, capsys):
     """Guards against a resume that forgets the optimizer, the schedule or the place in the data: bit for bit."""
     command = ["tiny-markers", "--steps", "8", "--save-every", "100", *FLAGS, "--out"]
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     main([*command, str(tmp_path / "whole")])
     step = train.Journal.step
 
@@ -212,6 +213,7 @@ def test_a_stopped_run_continues_exactly(tmp_path, monkeypatch, capsys):
         main([*command, str(tmp_path / "cut")])
     monkeypatch.setattr(train.Journal, "step", step)
     main([*command, str(tmp_path / "cut")])
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert "resumed" in capsys.readouterr().out and losses(tmp_path / "cut") == losses(tmp_path / "whole")
     models = [checkpoint.load(tmp_path / name, "cpu", torch.float32)[0].state_dict() for name in ("cut", "whole")]
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
