@@ -1,19 +1,28 @@
-"""Training steps a second, ours and transformers', interleaved in one run on the same weights and batches.
+"""Training steps a second, ours and transformers', in one run on the same weights and batches.
 
     python -m bench.training --size tiny --batch 16                    on a CPU, in float32
-    python -m bench.training --size 7b --train lora --precision bfloat16 --peak-tflops 989     on a GPU
+    python -m bench.training --size 1b --batch 1 --apart               where memory holds one side only
+    python -m bench.training --size 7b --train lora --precision bfloat16 --compile          on a GPU
 
-A step is forward, backward and AdamW on `--tokens` words after one image. Both sides take turns, step by step, after
-warm-up; the medians are compared, and the first losses, which must agree. Without transformers, ours alone is timed.
-Weights are random, of the true shapes.
+A step is forward, backward and AdamW on `--tokens` words after one image. Each side is a process of its own, so that
+its peak memory can be told; after warm-up they take turns, step by step (--apart: one side after the other). The
+medians are compared, and the first losses, which must agree. Without transformers, ours alone is timed. MFU: the
+decoder's FLOPs a second, in parts of what a large matrix product reaches here in the same precision, or of
+--peak-tflops. Weights are random, of the true shapes.
 """
 
+import argparse
+import importlib.metadata
+import importlib.util
 import json
+import multiprocessing
 import platform
+import resource
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,9 +33,9 @@ import lora
 from chat import IMAGE
 from clip import VisionConfig
 from commandline import Parser, check_device, run
-from tokenizer import Tokenizer
 from parallel import Objective
-from train import RECIPES, TINY, TRAINED, flops_per_token, freeze, parameter_groups
+from tokenizer import Tokenizer
+from train import RECIPES, TINY, TRAINED, Recipe, flops_per_token, freeze, parameter_groups
 from vipllava import ViPLLaVA, ViPLLaVAConfig
 
 SIZES = {
@@ -42,19 +51,49 @@ SIZES = {
 }
 
 
-def batch_of(config: ViPLLaVAConfig, n: int, tokens: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids and labels (B, N + T), the last half trained, and pixels (B, 3, S, S)."""
-    generator = torch.Generator().manual_seed(1)
-    words = torch.randint(3, config.image_token_id, (n, tokens), generator=generator)
-    ids = torch.cat([torch.full((n, config.vision.patches), IMAGE), words], dim=1)
+# -- what both sides train -------------------------------------------------------------------------------------------
+
+
+def config_of(args: argparse.Namespace) -> ViPLLaVAConfig:
+    config = SIZES[args.size]
+    vision = replace(config.vision, image_size=args.image_size or config.vision.image_size)
+    return replace(config, vision=vision, image_token_id=config.text.vocab_size - 64)
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    return replace(RECIPES["lora"], train=args.train, rank=args.rank, alpha=2.0 * args.rank, lr=1e-4, projector_lr=0.0)
+
+
+def write_weights(args: argparse.Namespace, folder: str) -> None:
+    """A random model in the precision of training, as a checkpoint that both sides read."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, args.precision))
+    with torch.device(args.device):
+        model = ViPLLaVA(config_of(args))
+    checkpoint.save(model, Tokenizer.train(["a"], 300), folder)
+
+
+def batch_of(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids and labels (B, N + T), the last half of the words trained, and pixels (B, 3, S, S)."""
+    config, generator = config_of(args), torch.Generator().manual_seed(1)
+    words = torch.randint(3, config.image_token_id, (args.batch, args.tokens), generator=generator)
+    ids = torch.cat([torch.full((args.batch, config.vision.patches), IMAGE), words], dim=1)
     labels = ids.clone()
-    labels[:, : -tokens // 2] = -100
+    labels[:, : -args.tokens // 2] = -100
     S = config.vision.image_size
-    return tuple(x.to(device) for x in (ids, labels, torch.randn(n, 3, S, S, generator=generator)))
+    return tuple(x.to(args.device) for x in (ids, labels, torch.randn(args.batch, 3, S, S, generator=generator)))
 
 
-def our_step(model: ViPLLaVA, recipe, batch, low):
+# -- a step of each side: () -> the loss ------------------------------------------------------------------------------
+
+
+def our_step(args: argparse.Namespace, folder: str) -> Callable[[], float]:
+    recipe, low, batch = recipe_of(args), getattr(torch, args.precision), batch_of(args)
+    model, _ = checkpoint.load(folder, args.device, low)
     freeze(model, recipe, low)
+    if args.compile:
+        for block in model.llama.layers:
+            block.compile()
     objective = Objective(model, low, several=False)
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe), fused=True)
     trained = int((batch[1][:, 1:] != -100).sum())
@@ -69,12 +108,12 @@ def our_step(model: ViPLLaVA, recipe, batch, low):
     return step
 
 
-def their_step(folder: str, recipe, batch, low, device):
+def their_step(args: argparse.Namespace, folder: str) -> Callable[[], float]:
     """The same with transformers' model of the same weights; LoRA's layers are ours, as transformers has none."""
     from transformers import VipLlavaForConditionalGeneration
 
-    model = VipLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device)
-    ids, labels, pixels = batch
+    recipe, low, (ids, labels, pixels) = recipe_of(args), getattr(torch, args.precision), batch_of(args)
+    model = VipLlavaForConditionalGeneration.from_pretrained(folder, dtype=low).to(args.device)
     model.requires_grad_(recipe.train == "all")
     if recipe.train != "all":
         model.model.multi_modal_projector.requires_grad_(True)
@@ -89,7 +128,8 @@ def their_step(folder: str, recipe, batch, low, device):
                     setattr(part, name, lora.LoRALinear(getattr(part, name), recipe.rank, recipe.alpha, generator))
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else low)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=recipe.lr, weight_decay=0.0, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.0, fused=True)
     ids = torch.where(ids == IMAGE, model.config.image_token_id, ids)
 
     def step() -> float:
@@ -103,75 +143,134 @@ def their_step(folder: str, recipe, batch, low, device):
     return step
 
 
-def timed(step, device) -> tuple[float, float]:
-    began = time.perf_counter()
-    loss = step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began, loss
+STEPS = {"transformers": their_step, "ours": our_step}
 
 
-def race(sides: dict, steps: int, device, tolerance: float) -> tuple[dict[str, float], dict[str, float]]:
-    """The sides in turn -> the first loss of each, which must agree, and the median seconds of a step after warm-up."""
-    losses = {name: timed(step, device)[1] for name, step in sides.items()}
-    if max(losses.values()) / min(losses.values()) - 1 > tolerance:
-        raise ValueError(f"the first losses are {losses}; expected them to agree")
-    for _ in range(2):
-        for step in sides.values():
-            timed(step, device)
-    seconds = {name: [] for name in sides}
-    for _ in range(steps):
-        for name, step in sides.items():
-            seconds[name].append(timed(step, device)[0])
-    return losses, {name: statistics.median(times) for name, times in seconds.items()}
+# -- the race --------------------------------------------------------------------------------------------------------
+
+
+def serve(name: str, args: argparse.Namespace, folder: str, pipe) -> None:
+    """One side's process: whenever asked, a step -> (seconds, loss); in the end the peak of its memory, in bytes."""
+    step = STEPS[name](args, folder)
+    pipe.send("ready")
+    while pipe.recv() == "step":
+        began = time.perf_counter()
+        loss = step()  # whose number has come from the device
+        pipe.send((time.perf_counter() - began, loss))
+    cuda = args.device.type == "cuda"
+    pipe.send(torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+class Side:
+    """A side's process, as seen from here."""
+
+    def __init__(self, name: str, args: argparse.Namespace, folder: str):
+        self.name, self.times, self.losses, self.peak = name, [], [], 0
+        self._pipe, theirs = multiprocessing.Pipe()
+        self._process = CONTEXT.Process(target=serve, args=(name, args, folder, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._receive()
+
+    def _receive(self):
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise MemoryError(f"{self.name} ended early; too little memory? expected room for it") from None
+
+    def step(self) -> None:
+        self._pipe.send("step")
+        seconds, loss = self._receive()
+        self.times.append(seconds)
+        self.losses.append(loss)
+
+    def stop(self) -> None:
+        self._pipe.send("stop")
+        self.peak = self._receive()
+        self._process.join()
+
+
+CONTEXT = multiprocessing.get_context("spawn")
+
+
+def race(names: Sequence[str], args: argparse.Namespace) -> list[Side]:
+    """All sides after their steps, in turns, or with --apart one side after the other."""
+    done = []
+    with tempfile.TemporaryDirectory() as folder:
+        writer = CONTEXT.Process(target=write_weights, args=(args, f"{folder}/model"))
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            raise MemoryError(f"no weights of size {args.size} could be written (status {writer.exitcode})")
+        for group in [[name] for name in names] if args.apart else [names]:
+            sides = [Side(name, args, f"{folder}/model") for name in group]
+            for _ in range(args.warmup + args.steps):
+                for side in sides:
+                    side.step()
+            for side in sides:
+                side.stop()
+            done += sides
+    first = [side.losses[0] for side in done]
+    if max(first) / min(first) - 1 > (1e-5 if args.precision == "float32" else 1e-2):
+        raise ValueError(f"the first losses of {', '.join(names)} are {first}; expected them to agree")
+    return done
+
+
+def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """The most that a large matrix product reached here, of a few."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()
+        times.append(time.perf_counter() - began)
+    return 2 * side**3 / min(times) / 1e12
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m bench.training", description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--train", choices=TRAINED, default="all", help="what is trained (all)")
+    parser.add_argument("--train", choices=TRAINED, default="language", help="what is trained (language)")
+    parser.add_argument("--rank", type=int, default=128, help="of LoRA (128)")
     parser.add_argument("--batch", type=int, default=16, help="samples a step (16)")
     parser.add_argument("--tokens", type=int, default=128, help="words after the image (128)")
+    parser.add_argument("--image-size", type=int, help="side of the image in pixels (the size's own)")
     parser.add_argument("--steps", type=int, default=10, help="steps timed of each side (10)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them (3)")
+    parser.add_argument("--apart", action="store_true", help="one side after the other")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device")
     parser.add_argument("--compile", action="store_true", help="our blocks by torch.compile")
-    parser.add_argument("--peak-tflops", type=float, default=0.0, help="of the device, to print MFU against")
+    parser.add_argument("--peak-tflops", type=float, default=0.0, help="MFU is a part of it (a matrix product's)")
     args = parser.parse_args(argv)
-    device, low, config = check_device(args.device), getattr(torch, args.precision), SIZES[args.size]
-    torch.manual_seed(0)
-    recipe = replace(RECIPES["lora"], train=args.train, lr=1e-4, projector_lr=0.0)
-    tokenizer = Tokenizer.train(["a"], 300)
-    config = replace(config, image_token_id=config.text.vocab_size - 64)
-    model = ViPLLaVA(config)
-    batch = batch_of(config, args.batch, args.tokens, device)
-    sides = {}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            import transformers
-
-            checkpoint.save(model, tokenizer, f"{folder}/model")
-            sides["transformers"] = their_step(f"{folder}/model", recipe, batch, low, device)
-        except ImportError:
-            transformers = None
-    if args.compile:
-        for block in model.llama.layers:
-            block.compile()
-    sides["ours"] = our_step(model.to(device), recipe, batch, low)
-    losses, medians = race(sides, args.steps, device, 1e-5 if low == torch.float32 else 1e-2)
-    versions = f"torch {torch.__version__}" + (f", transformers {transformers.__version__}" if transformers else "")
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    for name, low in (("rank", 1), ("batch", 1), ("tokens", 2), ("steps", 1), ("warmup", 1)):
+        if getattr(args, name) < low:
+            raise ValueError(f"{name} is {getattr(args, name)}; expected {low} or more")
+    args.device, low = check_device(args.device), getattr(torch, args.precision)
+    with torch.device("meta"):
+        model = ViPLLaVA(config_of(args))
     count = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{args.size} ({count:.1f} M), {args.train}, batch {args.batch}, {batch[0].size(1)} tokens, {args.precision}; {machine}; {versions}")
-    flops = flops_per_token(model) * batch[0].numel()
-    for name, median in medians.items():
-        mfu = f"  MFU {flops / median / args.peak_tflops / 1e12:.1%}" if args.peak_tflops else ""
-        print(f"{name:13} {args.batch / median:8.2f} samples/s  {1e3 * median:8.1f} ms a step{mfu}  loss {losses[name]:.5f}")
+    before = matmul_tflops(args.device, low)
+    sides = race([name for name in STEPS if name == "ours" or importlib.util.find_spec(name)], args)
+    peak = args.peak_tflops or max(before, matmul_tflops(args.device, low))
+    freeze(model, recipe_of(args), low)
+    installed = ["torch", *(side.name for side in sides if side.name != "ours")]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in installed)
+    cuda = args.device.type == "cuda"
+    machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    tokens = config_of(args).vision.patches + args.tokens
+    what = f"{args.size} ({count:.1f} M), {args.train}, batch {args.batch} x {tokens} tokens, {args.precision}"
+    print(f"{what}; {machine}; {versions}; MFU of {peak:.3g} TFLOP/s")
+    medians = {side.name: statistics.median(side.times[args.warmup :]) for side in sides}
+    for side in sides:
+        median = medians[side.name]
+        mfu = flops_per_token(model) * args.batch * tokens / median / 1e12 / peak
+        print(f"{side.name:13} {args.batch / median:9.3g} samples/s  {1e3 * median:9.1f} ms a step  MFU {mfu:5.1%}  "
+              f"peak memory {side.peak / 1e9:6.2f} GB  first loss {side.losses[0]:.5f}")  # fmt: skip
     if len(sides) > 1:
         print(f"ours x transformers {medians['transformers'] / medians['ours']:.2f}")
-    if device.type == "cuda":
-        print(f"peak memory of both {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
-    print(json.dumps({"seconds": medians, "losses": losses}))
+    print(json.dumps({side.name: {"seconds": side.times, "losses": side.losses, "peak": side.peak} for side in sides}))
 
 
 if __name__ == "__main__":
