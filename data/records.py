@@ -79,32 +79,33 @@ class Look:
     color: tuple[int, int, int]
 
 
-def choose_looks(generator: np.random.Generator, n: int, kinds: Sequence[str], given=()) -> list[Look]:
+def choose_looks(generator: np.random.Generator, n: int, kinds: Sequence[str], given=(), crowded=False) -> list[Look]:
     """n looks, no two with the same words. Of a kind that occurs once, every other color has no name; of one that
-    occurs more often, all have names, and different ones. given: for each, a dict that may hold "kind" and "color"."""
+    occurs more often, all have names, and different ones. given: for each, a dict that may hold "kind" and "color".
+    crowded: more regions than words are no error."""
     given = list(given) or [{}] * n
     chosen = [one.get("kind") for one in given]
     for i in range(n):
-        free = [kind for kind in kinds if chosen.count(kind) < len(COLORS)]
+        free = [kind for kind in kinds if crowded or chosen.count(kind) < len(COLORS)]
         if chosen[i] is None and not free:
             raise ValueError(f"{n} regions; expected at most {len(COLORS) * len(kinds)}, or none could be told apart")
         chosen[i] = chosen[i] or free[generator.integers(len(free))]
     looks = []
     for i, kind in enumerate(chosen):
         fixed = [rgb_of(one["color"]) for k, one in zip(chosen, given) if k == kind and "color" in one]
+        taken = fixed + [look.color for look in looks if look.kind == kind]
+        names = [name for name, rgb in COLORS.items() if rgb not in taken]
         if "color" in given[i]:
             color = rgb_of(given[i]["color"])
-        elif chosen.count(kind) == 1 and generator.random() < 0.5:
+        elif chosen.count(kind) == 1 and generator.random() < 0.5 or crowded and not names:
             color = tuple(generator.integers(256, size=3).tolist())
+        elif not names:
+            raise ValueError(f"{chosen.count(kind)} markers of the kind {kind}; expected {len(COLORS)} at most")
         else:
-            taken = fixed + [look.color for look in looks if look.kind == kind]
-            names = [name for name, rgb in COLORS.items() if rgb not in taken]
-            if not names:
-                raise ValueError(f"{chosen.count(kind)} markers of the kind {kind}; expected {len(COLORS)} at most")
             color = COLORS[names[generator.integers(len(names))]]
         looks.append(Look(kind, color))
     words = [phrase(look) for look in looks]
-    if len(set(words)) < n:
+    if len(set(words)) < n and not crowded:
         twice = next(word for word in words if words.count(word) > 1)
         raise ValueError(f'two markers would both be "{twice}"; expected other kinds or colors')
     return looks
@@ -122,6 +123,7 @@ class Plan:
     kinds: Sequence[str] = KINDS
     distribution: Distribution = RELEASED
     given: Sequence[dict] = ()
+    crowded: bool = False  # where colors with names run out, others are taken: then words can't tell all apart
 
 
 KIND_NAMES = {str: "text", list: "a list", dict: "an object", int: "a whole number"}
@@ -298,35 +300,22 @@ VCR_ANSWER = ("({0})", "The best answer is ({0})", "({0}) {1}", "Answer ({0}): {
 
 
 def _vcr(record, images, generator) -> Plan:
-    names, meta = field(record, "class_names", list), inside(images, field(record, "meta_dir", str), "meta_dir")
-    try:
-        meta = json.loads(meta.read_text(encoding="utf-8"))
-        boxes, masks = field(meta, "boxes", list), field(meta, "segms", list)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"meta_dir {record['meta_dir']} can't be read: {error}") from None
     rounds = []  # (question or None, texts to choose from, which is right)
     for asked, key in ((field(record, "question", list), "answer"), (None, "rationale")):
-        choices, right = field(record, f"{key}_choices", list), field(record, f"{key}_label", int)
-        if not 0 <= right < len(choices) <= 4:
-            raise ValueError(f"{key}_label is {right} of {len(choices)} choices; expected one of four at most")
+        choices, right = vcr_choices(record, key)
         rounds.append((asked, choices, right) if generator.random() < 0.5 else (asked, choices[right : right + 1], 0))
     texts = [text for asked, choices, _ in rounds for text in ([asked] if asked else []) + choices]
-    things = sorted({i for text in texts for part in text if isinstance(part, list) for i in part})
-    if things and not all(type(i) is int and 0 <= i < min(len(names), len(boxes), len(masks)) for i in things):
-        here = min(len(names), len(boxes), len(masks))
-        raise ValueError(f"objects {things} are mentioned; expected whole numbers below {here}, which are there")
-    polygons = [[np.ravel(p).tolist() for p in masks[i] if len(p) >= 4] for i in things]
-    groups = [[Region(box=boxes[i][:4], polygons=p)] for i, p in zip(things, polygons)]
+    things, groups = vcr_regions(record, images, texts)
     forms = [(_pick(generator, VCR_ASK), _pick(generator, VCR_WHY), _pick(generator, VCR_CHOICES)) for _ in rounds]
     endings = [_pick(generator, VCR_ANSWER) for _ in rounds]
-    generic = generator.random(len(names)) < 0.5
+    names = ["object" if generator.random() < 0.5 else name for name in record["class_names"]]
 
     def write(words):
-        said = {i: f"the {'object' if generic[i] else names[i]} {word}" for i, word in zip(things, words)}
+        said = vcr_words(names, things, words)
         pairs = []
         for (asked, choices, right), (ask, why, choose), ending in zip(rounds, forms, endings):
-            told = [_sentence(choice, said) for choice in choices]
-            question = why if asked is None else ask.format(_sentence(asked, said))
+            told = [sentence(choice, said) for choice in choices]
+            question = why if asked is None else ask.format(sentence(asked, said))
             if len(told) > 1:
                 question += f" {choose}" + " ".join(f"({letter}) {text}" for letter, text in zip("ABCD", told))
             answer = ending.format("ABCD"[right], told[right]) if len(told) > 1 else told[right]
@@ -336,7 +325,36 @@ def _vcr(record, images, generator) -> Plan:
     return Plan(groups, write, tuple(kind for kind in KINDS if kind != "point"))
 
 
-def _sentence(parts: list, said: dict[int, str]) -> str:
+def vcr_choices(record: dict, key: str) -> tuple[list, int]:
+    """The choices of a VCR record for its "answer" or its "rationale", and which of them is right."""
+    choices, right = field(record, f"{key}_choices", list), field(record, f"{key}_label", int)
+    if not 0 <= right < len(choices) <= 4:
+        raise ValueError(f"{key}_label is {right} of {len(choices)} choices; expected one of four at most")
+    return choices, right
+
+
+def vcr_regions(record: dict, images: Path, texts: list[list]) -> tuple[list[int], list[list[Region]]]:
+    """The numbers of the objects that the texts speak of, and the region of each, from the file "meta_dir"."""
+    names, meta = field(record, "class_names", list), inside(images, field(record, "meta_dir", str), "meta_dir")
+    try:
+        meta = json.loads(meta.read_text(encoding="utf-8"))
+        boxes, masks = field(meta, "boxes", list), field(meta, "segms", list)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"meta_dir {record['meta_dir']} can't be read: {error}") from None
+    things = sorted({i for text in texts for part in text if isinstance(part, list) for i in part})
+    here = min(len(names), len(boxes), len(masks))
+    if things and not all(type(i) is int and 0 <= i < here for i in things):
+        raise ValueError(f"objects {things} are mentioned; expected whole numbers below {here}, which are there")
+    polygons = [[np.ravel(p).tolist() for p in masks[i] if len(p) >= 4] for i in things]
+    return things, [[Region(box=boxes[i][:4], polygons=p)] for i, p in zip(things, polygons)]
+
+
+def vcr_words(names: list[str], things: list[int], words: list[str]) -> dict[int, str]:
+    """What each object is called: {2: "the person at the red point"}."""
+    return {i: f"the {names[i]} {word}" for i, word in zip(things, words)}
+
+
+def sentence(parts: list, said: dict[int, str]) -> str:
     """["Why is", [0, 2], "here", "?"] -> "Why is the person … and the dog … here?"."""
     text = ""
     for part in parts:
@@ -382,9 +400,9 @@ def image_of(record: dict, images: Path) -> Path | None:
     return inside(images, field(record, "image", str), "image") if record.get("image") else None
 
 
-def annotate(record: dict, images: Path, generator, size: tuple[int, int] | None) -> tuple[tuple, tuple]:
+def annotate(record: dict, images: Path, generator, size: tuple[int, int] | None, read=None) -> tuple[tuple, tuple]:
     """The markers and the turns of a record whose upright image has this size, or which has none."""
-    plan = READERS[kind_of(record)](record, images, generator)
+    plan = (read or READERS[kind_of(record)])(record, images, generator)
     if size is None and plan.groups:
         raise ValueError("regions, and no image; expected one")
     for region in itertools.chain(*plan.groups):
@@ -403,7 +421,7 @@ def annotate(record: dict, images: Path, generator, size: tuple[int, int] | None
 def _mark(plan: Plan, generator: np.random.Generator, size) -> tuple[list[Look], list[Marker]]:
     """Looks and markers; other looks where these leave a region without a marker, such as a triangle in a line."""
     for attempt in range(20):
-        looks = choose_looks(generator, len(plan.groups), plan.kinds, plan.given)
+        looks = choose_looks(generator, len(plan.groups), plan.kinds, plan.given, plan.crowded)
         pairs = [(look, region) for look, group in zip(looks, plan.groups) for region in group]
         try:
             return looks, [sample_marker(region, size, generator, look.kind, look.color, plan.distribution)
@@ -413,10 +431,11 @@ def _mark(plan: Plan, generator: np.random.Generator, size) -> tuple[list[Look],
                 raise
 
 
-def to_sample(record: dict, images: Path, generator: np.random.Generator) -> Sample:
-    """ValueError, with the reason, where the words or regions of a record are bad; if the image is, once it is opened."""
+def to_sample(record: dict, images: Path, generator: np.random.Generator, read=None) -> Sample:
+    """ValueError, with the reason, where the words or regions of a record are bad; if the image is, once it is opened.
+    read: what plans the record, a function as in READERS; None is the one of its kind."""
     path = image_of(record, images)
-    annotated = annotate(record, images, generator, size_of(path) if path else None)
+    annotated = annotate(record, images, generator, size_of(path) if path else None, read)
     return Sample(partial(open_image, path) if path else None, *annotated)
 
 
@@ -445,7 +464,7 @@ class BadRecord(ValueError):
         return f"{self.path}, line {self.line}, {self.id}: {self.reason}"
 
 
-def _bad(file: JSONFile, k: int, record, error: Exception) -> BadRecord:
+def bad_record(file: JSONFile, k: int, record, error: Exception) -> BadRecord:
     name = record.get("id", "without id") if isinstance(record, dict) else "without id"
     reason = str(error) if isinstance(error, ValueError) else f"malformed ({type(error).__name__}: {error})"
     return BadRecord(file.path, file.line(k), name, reason)
@@ -458,7 +477,7 @@ def _read(file: JSONFile, k: int, images: Path, generator: np.random.Generator) 
         record = file[k]
         return record, to_sample(record, images, generator)
     except MALFORMED as error:
-        raise _bad(file, k, record, error) from None
+        raise bad_record(file, k, record, error) from None
 
 
 class Records:
@@ -489,13 +508,13 @@ class Records:
     def bad(self, i: int, reason: str) -> BadRecord:
         """What is wrong with record i, found later."""
         file, k = self.place(i)
-        return _bad(file, k, file[k], ValueError(reason))
+        return bad_record(file, k, file[k], ValueError(reason))
 
     def _open(self, opened: Callable, file: JSONFile, k: int, record: dict) -> Image.Image:
         try:
             return opened()
         except (ValueError, OSError) as error:
-            raise _bad(file, k, record, error) from None
+            raise bad_record(file, k, record, error) from None
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
