@@ -324,7 +324,7 @@ def marker_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 
         if generator.random() < P_WHERE:
             which = "this" if alone and generator.random() < P_THIS else f"the object {phrase(marker)}"
             asked.append((f"Where is {which}?", position(scene, thing)))
-    if len(things) == 2 and _is_clear(*things) and generator.random() < P_RELATION:
+    if len(things) == 2 and is_clear(*things) and generator.random() < P_RELATION:
         asked.append(_related(generator, things, markers))
     if generator.random() < P_DESCRIBE:
         asked.append(("Describe the image.", caption(scene)))
@@ -409,7 +409,7 @@ def _question(generator, thing, marker, alone):
     return f"What is {phrase(marker)}?", describe(thing)
 
 
-def _is_clear(a, b):
+def is_clear(a, b):
     short, long = sorted(abs(p - q) for p, q in zip(a.center, b.center))
     return long >= CLEAR * short
 
@@ -427,7 +427,7 @@ def _related(generator, things, markers):
 # -- commands --------------------------------------------------------------------------------------------------------
 def write(out: str | Path, n: int, seed: int = 0, side: int = 224, split: str = "test") -> None:
     """n scenes as official records: OUT/images/*.png, OUT/regions.json (RefCOCOg), OUT/captions.json (LLaVA)."""
-    with _staged(out, n, side) as folder:
+    with staged(out, n, side) as folder:
         regions, captions = [], []
         for i in range(n):
             generator = generator_for(split, seed, i)
@@ -436,7 +436,7 @@ def write(out: str | Path, n: int, seed: int = 0, side: int = 224, split: str = 
             image = f"images/{i:06d}.png"
             render(scene).save(folder / image)
             regions.append({"id": f"refcocog-{i}", "image": image, "bboxes": [thing.box],
-                            "segmentations": [[_flat(thing)]], "answer": describe(thing)})
+                            "segmentations": [[flat(thing)]], "answer": describe(thing)})
             captions.append({"id": f"scene-{i}", "image": image,
                              "conversations": [{"from": "human", "value": "<image>"},
                                                {"from": "gpt", "value": caption(scene)}]})
@@ -447,7 +447,7 @@ def write(out: str | Path, n: int, seed: int = 0, side: int = 224, split: str = 
 def houses(out: str | Path, n: int, seed: int = 0, side: int = 224) -> None:
     """A task that no weights of ours know, in our own format: OUT/train.json and OUT/test.json, n records each, about
     scenes with houses in them. In every other one it is a house that is asked about."""
-    with _staged(out, n, side) as folder:
+    with staged(out, n, side) as folder:
         for split in ("train", "test"):
             records = []
             for i in range(n):
@@ -459,18 +459,18 @@ def houses(out: str | Path, n: int, seed: int = 0, side: int = 224) -> None:
                 image = f"images/{split}-{i:06d}.png"
                 render(scene).save(folder / image)
                 records.append({"id": f"house-{i}", "image": image,
-                                "regions": [{"box": thing.box, "polygons": [_flat(thing)]}],
+                                "regions": [{"box": thing.box, "polygons": [flat(thing)]}],
                                 "conversations": [{"from": "human", "value": "What is <region0>?"},
                                                   {"from": "gpt", "value": describe(thing)}]})
             (folder / f"{split}.json").write_text(json.dumps(records, indent=1) + "\n")
 
 
-def _flat(thing):
+def flat(thing):
     return [value for point in thing.polygon for value in point]
 
 
 @contextlib.contextmanager
-def _staged(out, n, side):
+def staged(out, n, side):
     """A folder beside `out` to write into, renamed when complete; `out` must be new or empty."""
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

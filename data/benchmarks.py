@@ -1,0 +1,246 @@
+"""The paper's benchmarks in the small world of data/scenes.py, written in the official formats: images and JSON.
+
+    python -m data.benchmarks OUT -n 200
+    python -m evals.visual7w --data OUT/v7w-test.json          and likewise the others, with any model
+
+| file                         | n records, each about a scene of its own                                         |
+| ---------------------------- | -------------------------------------------------------------------------------- |
+| OUT/v7w-test.json            | which of four boxes is meant, by look or by place                                |
+| OUT/pointQA_twice_test.json  | how many objects have the shape of the marked one                                |
+| OUT/vcr-val.json, OUT/vcr    | how one object lies to another, and the reason                                   |
+| OUT/refcocog-val.json        | a phrase for a region; every other region has two                                |
+| OUT/ViP-Bench                | free questions in turn, for all six capabilities; letters and digits on objects  |
+
+A record's scene is a function of (split, seed, its number, the benchmark), and no training sees the split "test". With
+`--split train` the files are called v7w-train.json, and so on, and train.py reads them.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from commandline import Parser, run
+from data import scenes
+from data.scenes import SPLITS, Object, Scene, describe, flat, is_clear, position, relation, render, sample_scene
+from overlay import draw, phrase
+
+CORNERS = {"square": 4, "bar": 4, "hourglass": 6, "bolt": 6, "star": 10, "cross": 12}
+LETTERED = ("circle", "square", "heart")  # shapes with room for a letter
+
+
+def generator_for(split: str, seed: int, i: int, benchmark: int) -> np.random.Generator:
+    return np.random.default_rng([SPLITS[split], seed, i, benchmark])  # a stream that data/scenes.py never uses
+
+
+# -- one record of each: (folder, number, generator, scene's side) -> a record; images are saved ----------------------
+
+
+def visual7w(folder: Path, i: int, generator: np.random.Generator, side: int) -> dict:
+    scene = sample_scene(generator, (side, side), n=int(generator.integers(4, 7)))
+    things = [scene.objects[k] for k in generator.permutation(len(scene.objects))[:4]]
+    wanted = things[generator.integers(4)]
+    asked = [f"Which is the {wanted.color} {wanted.shape}?", f"Which object is at the {position(scene, wanted)}?"]
+    if sum(thing.color == wanted.color for thing in things) == 1:
+        asked.append(f"Which object is {wanted.color}?")
+    image = save(render(scene), folder, f"images/v7w-{i:06d}.png")
+    return {"id": f"v7w-{i}", "image": image, "question": asked[generator.integers(len(asked))],
+            "bboxes": [thing.box for thing in things], "answer": wanted.box}  # fmt: skip
+
+
+def point_qa(folder: Path, i: int, generator: np.random.Generator, side: int) -> dict:
+    shapes = generator.permutation(list(scenes.SHAPES))[:2].tolist()
+    scene = sample_scene(generator, (side, side), n=int(generator.integers(2, 8)), shapes=shapes)
+    thing = scene.objects[generator.integers(len(scene.objects))]
+    count = sum(other.shape == thing.shape for other in scene.objects)
+    image = save(render(scene), folder, f"images/pointQA-{i:06d}.png")
+    return {"id": f"pointQA_twice-{i}", "image": image, "bboxes": [thing.box], "answer": str(count),
+            "general_question": "How many objects of this shape are there?"}  # fmt: skip
+
+
+WAYS = {  # the answer, and its reason
+    "left of": "is farther left than",
+    "right of": "is farther right than",
+    "above": "is higher than",
+    "below": "is lower than",
+}
+
+
+def vcr(folder: Path, i: int, generator: np.random.Generator, side: int) -> dict:
+    pair = None
+    while not pair:
+        scene = sample_scene(generator, (side, side))
+        pairs = [(a, b) for a, one in enumerate(scene.objects) for b, other in enumerate(scene.objects)
+                 if a != b and is_clear(one, other)]  # fmt: skip
+        pair = pairs[generator.integers(len(pairs))] if pairs else None
+    a, b = pair
+    said = relation(scene.objects[a], scene.objects[b])
+    way = next(way for way in WAYS if f" is {way} the " in said)
+    answers, reasons = ([list(WAYS)[k] for k in generator.permutation(4)] for _ in range(2))
+    meta = {"boxes": [[*thing.box, 1.0] for thing in scene.objects],
+            "segms": [[[list(point) for point in thing.polygon]] for thing in scene.objects]}  # fmt: skip
+    name = f"vcr/{i:06d}.json"
+    (folder / name).write_text(json.dumps(meta) + "\n")
+    image = save(render(scene), folder, f"images/vcr-{i:06d}.png")
+    return {"id": f"vcr-{i}", "image": image, "meta_dir": f"./dataset/{name}",
+            "class_names": ["object"] * len(scene.objects), "question": ["Where is", [a], ", seen from", [b], "?"],
+            "answer_choices": [[[a], f"is {answer}", [b], "."] for answer in answers],
+            "answer_label": answers.index(way),
+            "rationale_choices": [[[a], WAYS[reason], [b], "."] for reason in reasons],
+            "rationale_label": reasons.index(way)}  # fmt: skip
+
+
+def refcocog(folder: Path, i: int, generator: np.random.Generator, side: int) -> list[dict]:
+    """One or two records, as a region may have several phrases."""
+    scene = sample_scene(generator, (side, side))
+    thing = scene.objects[generator.integers(len(scene.objects))]
+    image = save(render(scene), folder, f"images/refcocog-{i:06d}.png")
+    phrases = [describe(thing), f"the {thing.color} {thing.shape} at the {position(scene, thing)}"][: 1 + i % 2]
+    record = {"id": f"refcocog-{i}", "image": image, "bboxes": [thing.box], "segmentations": [[flat(thing)]]}
+    return [{**record, "answer": text} for text in phrases]
+
+
+# -- ViP-Bench -------------------------------------------------------------------------------------------------------
+
+
+def name_of(thing: Object) -> str:
+    return f"{thing.color} {thing.shape}"
+
+
+def write_on(image: Image.Image, thing: Object, text: str) -> None:
+    """Text in the middle of an object, in black or white, whichever is farther from its color."""
+    bright = sum(thing.rgb) > 3 * 128
+    font = ImageFont.load_default(size=round((thing.box[2] - thing.box[0]) / 2))
+    ImageDraw.Draw(image).text(thing.center, text, fill="black" if bright else "white", font=font, anchor="mm")
+
+
+def _recognise(generator, scene, image, things):
+    return "What is the object <obj>?", name_of(things[0])
+
+
+def _read_letter(generator, scene, image, things):
+    letter = "ABCDEFGHKLMNPRSTUVXYZ"[generator.integers(21)]
+    write_on(image, things[0], letter)
+    return "What letter is on the object <obj>?", letter
+
+
+def _count_corners(generator, scene, image, things):
+    return "How many corners does the object <obj> have?", str(CORNERS[things[0].shape])
+
+
+def _add(generator, scene, image, things):
+    digits = generator.integers(1, 10, size=2).tolist()
+    for thing, digit in zip(things, digits):
+        write_on(image, thing, str(digit))
+    return "What is the sum of the numbers on the objects <obj> and <obj1>?", str(sum(digits))
+
+
+def _relate(generator, scene, image, things):
+    said = [relation(*pair).removeprefix("The ").rstrip(".") for pair in (things, things[::-1])]
+    return "How are the objects <obj> and <obj1> related?", "<OR>".join(said)
+
+
+def _tell(generator, scene, image, things):
+    return "What is the object <obj>? Describe the image, too.", "<AND>".join(name_of(thing) for thing in scene.objects)
+
+
+TASKS = (  # what is asked, how many things are marked, of which shapes, and the capabilities that it takes
+    (_recognise, 1, tuple(scenes.SHAPES), ("rec",)),
+    (_read_letter, 1, LETTERED, ("ocr",)),
+    (_count_corners, 1, tuple(CORNERS), ("rec", "know")),
+    (_add, 2, LETTERED, ("ocr", "math")),
+    (_relate, 2, tuple(scenes.SHAPES), ("rec", "rel")),
+    (_tell, 1, tuple(scenes.SHAPES), ("rec", "lang")),
+)
+MARKED_BY = {"bbox": ("rectangle",), "human": ("ellipse", "scribble", "arrow")}  # by tight boxes, as if by hand
+
+
+def vip_bench(folder: Path, n: int, split: str, seed: int, side: int) -> None:
+    meta, lines = {}, {split: [] for split in MARKED_BY}
+    for name in ("source_image", *(f"{split}/images" for split in MARKED_BY)):
+        (folder / name).mkdir(parents=True)
+    for i in range(n):
+        write_task, count, shapes, capabilities = TASKS[i % len(TASKS)]
+        generator = generator_for(split, seed, i, 5)
+        scene, marked = _marked(generator, count, shapes, side)
+        things = next(iter(marked.values()))[0]
+        image, source, name = render(scene), f"v1_{i}.png", f"v1_{i}_0.png"
+        question, truth = write_task(generator, scene, image, things)
+        meta[f"v1_{i}"] = {"image_source": source, "image": name, "question": question, "answer": truth,
+                           "capability": list(capabilities)}  # fmt: skip
+        image.save(folder / "source_image" / source)
+        boxes = [{"label": f"obj{k or ''}", "shape_type": "rectangle", "points": [thing.box[:2], thing.box[2:]]}
+                 for k, thing in enumerate(things)]  # fmt: skip
+        said = {"shapes": boxes, "imagePath": source, "imageWidth": side, "imageHeight": side}
+        (folder / "source_image" / f"v1_{i}.json").write_text(json.dumps(said) + "\n")
+        for by, (_, markers) in marked.items():
+            text = question
+            for k, marker in enumerate(markers):
+                text = text.replace(f"<obj{k or ''}>", phrase(marker))
+            draw(image, markers).save(folder / by / "images" / name)
+            lines[by].append({"question_id": i, "image": name, "text": text, "category": "_".join(capabilities)})
+    (folder / "vip-bench-meta-data.json").write_text(json.dumps(meta, indent=1) + "\n")
+    for by, said in lines.items():
+        (folder / by / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+
+
+def _marked(generator, count, shapes, side) -> tuple[Scene, dict]:
+    """A scene, and for each split the things that are marked (the same ones) and their markers."""
+    while True:
+        scene = sample_scene(generator, (side, side), n=int(generator.integers(2, 6)), shapes=shapes)
+        stream = generator.integers(2**31)
+        try:
+            marked = {by: scenes.sample_markers(np.random.default_rng(stream), scene, count, kinds, scenes.BOLD)
+                      for by, kinds in MARKED_BY.items()}  # fmt: skip
+        except scenes.NoMarkerError:
+            continue
+        if count == 1 or is_clear(*next(iter(marked.values()))[0]):
+            return scene, marked
+
+
+# -- command ---------------------------------------------------------------------------------------------------------
+
+
+def save(image: Image.Image, folder: Path, name: str) -> str:
+    image.save(folder / name)
+    return name
+
+
+FILES = {"v7w-test": visual7w, "pointQA_twice_test": point_qa, "vcr-val": vcr, "refcocog-val": refcocog}
+
+
+def file_name(official: str, split: str) -> str:
+    """The name of a benchmark's file: the official one is of the split that is tested on."""
+    return official if split == "test" else re.sub("(test|val)$", split, official)
+
+
+def write(out: str | Path, n: int, seed: int = 0, side: int = 224, split: str = "test") -> None:
+    """n records of each benchmark into a new or empty folder; all or nothing."""
+    with scenes.staged(out, n, side) as folder:
+        (folder / "vcr").mkdir()
+        for number, (name, make) in enumerate(FILES.items(), 1):
+            made = [make(folder, i, generator_for(split, seed, i, number), side) for i in range(n)]
+            records = [record for one in made for record in (one if isinstance(one, list) else [one])]
+            text = ",\n ".join(map(json.dumps, records))  # one a line
+            (folder / f"{file_name(name, split)}.json").write_text(f"[{text}]\n")
+        vip_bench(folder / "ViP-Bench", n, split, seed, side)
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="python -m data.benchmarks", description="The paper's benchmarks in a small world.")
+    parser.add_argument("out", help="a new or empty folder")
+    parser.add_argument("-n", type=int, default=200, help="records of each (200)")
+    parser.add_argument("--seed", type=int, default=0, help="0 or more (0)")
+    parser.add_argument("--size", type=int, default=224, help="side of an image in pixels (224)")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="which scenes (test)")
+    args = parser.parse_args(argv)
+    if args.seed < 0:
+        raise ValueError(f"seed is {args.seed}; expected 0 or more")
+    write(args.out, args.n, args.seed, args.size, args.split)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,122 @@
+"""The small world's benchmarks: truths worked out again from pixels and from what the records say."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from commandline import run
+from data import benchmarks, scenes
+from data.scenes import OBJECT_COLORS, SHAPES
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world") / "files"
+    benchmarks.write(folder, 24)
+    return folder
+
+
+def load(world, name):
+    return json.loads((world / name).read_text())
+
+
+def color_at(world, image, point) -> str:
+    """The object's color that is nearest to a pixel's."""
+    rgb = Image.open(world / image).getpixel(tuple(map(round, point)))
+    return min(OBJECT_COLORS, key=lambda name: np.hypot.reduce(np.subtract(OBJECT_COLORS[name], rgb)))
+
+
+def test_visual7w_asks_for_one_of_four(world):
+    """Guards against an answer that is no choice, and against a question whose truth is another box: by the pixels."""
+    records = load(world, "v7w-test.json")
+    for record in records:
+        assert len(record["bboxes"]) == 4 and record["bboxes"].count(record["answer"]) == 1
+        x0, y0, x1, y1 = record["answer"]
+        if "at the" in record["question"]:
+            place = record["question"].removeprefix("Which object is at the ").removesuffix("?")
+            row, column = int(3 * (y0 + y1) / 2 / 224), int(3 * (x0 + x1) / 2 / 224)
+            assert scenes.POSITIONS[row][column] == place
+        else:
+            named = next(color for color in OBJECT_COLORS if f" {color}" in record["question"])
+            crop = np.asarray(Image.open(world / record["image"]).crop((x0, y0, x1, y1))).reshape(-1, 3)
+            near = np.abs(crop.astype(int) - OBJECT_COLORS[named]).max(axis=1) < 24
+            assert near.mean() > 0.2, record
+    assert len({record["bboxes"].index(record["answer"]) for record in records}) == 4  # and not always the first
+
+
+def test_look_twice_counts_what_the_marker_shows(tmp_path, monkeypatch):
+    """Guards against a count of another shape, of all objects, or of the marked object's color."""
+    seen, render, counts = [], benchmarks.render, []
+    monkeypatch.setattr(benchmarks, "render", lambda scene: seen.append(scene) or render(scene))
+    (tmp_path / "images").mkdir()
+    for i in range(40):
+        record = benchmarks.point_qa(tmp_path, i, benchmarks.generator_for("test", 0, i, 2), 64)
+        (thing,) = (thing for thing in seen[-1].objects if [thing.box] == record["bboxes"])
+        counts.append((sum(other.shape == thing.shape for other in seen[-1].objects), len(seen[-1].objects)))
+        assert record["answer"] == str(counts[-1][0])
+    assert sum(count < total for count, total in counts) > 25  # the marker decides
+
+
+def test_vcr_s_reason_is_the_answer_s(world):
+    """Guards against a rationale that explains another answer; the boxes tell which is true."""
+    for record in load(world, "vcr-val.json"):
+        boxes = load(world, record["meta_dir"].removeprefix("./dataset/"))["boxes"]
+        (a,), (b,) = record["question"][1], record["question"][3]
+        dx, dy = ((boxes[a][k] + boxes[a][k + 2] - boxes[b][k] - boxes[b][k + 2]) / 2 for k in (0, 1))
+        way = ("left of" if dx < 0 else "right of") if abs(dx) >= abs(dy) else ("above" if dy < 0 else "below")
+        assert record["answer_choices"][record["answer_label"]] == [[a], f"is {way}", [b], "."]
+        assert record["rationale_choices"][record["rationale_label"]] == [[a], benchmarks.WAYS[way], [b], "."]
+        assert len({json.dumps(choice) for choice in record["answer_choices"]}) == 4
+
+
+def test_vip_bench_has_six_capabilities_and_two_splits(world):
+    """Guards against splits that ask different things, against gaps that stay, and against truths of other objects."""
+    folder = world / "ViP-Bench"
+    meta = load(folder, "vip-bench-meta-data.json")
+    assert {name for truth in meta.values() for name in truth["capability"]} == {"rec", "ocr", "know", "math", "rel", "lang"}
+    lines = {split: [json.loads(line) for line in (folder / split / "questions.jsonl").read_text().splitlines()]
+             for split in ("bbox", "human")}  # fmt: skip
+    for k, (box, hand) in enumerate(zip(lines["bbox"], lines["human"])):
+        truth, source = meta[f"v1_{k}"], load(folder / "source_image", f"v1_{k}.json")
+        assert box["question_id"] == hand["question_id"] == k and box["image"] == truth["image"]
+        assert "<" not in box["text"] + hand["text"] and "rectangle" in box["text"] and "rectangle" not in hand["text"]
+        assert [shape["label"] for shape in source["shapes"]] == ["obj", "obj1"][: truth["question"].count("<obj")]
+        plain, *marked = (np.asarray(Image.open(folder / path / truth["image" if "images" in path else "image_source"])).astype(int)
+                          for path in ("source_image", "bbox/images", "human/images"))  # fmt: skip
+        assert all((np.abs(one - plain).sum(axis=2) > 0).sum() > 20 for one in marked)
+        if truth["capability"] == ["rec"]:
+            color, shape = truth["answer"].split()
+            (x0, y0), (x1, y1) = source["shapes"][0]["points"]
+            near = np.abs(plain - OBJECT_COLORS[color]).max(axis=2) < 24
+            assert near[int(y0) : int(y1) + 1, int(x0) : int(x1) + 1].mean() > 0.15 and shape in SHAPES
+
+
+def test_letters_can_be_read(world):
+    """Guards against a letter in its object's color: both black and white objects bear one that differs."""
+    for thing in (scenes.make_object("circle", color, "large", (50, 50), 30) for color in OBJECT_COLORS):
+        image = Image.new("RGB", (100, 100), thing.rgb)
+        benchmarks.write_on(image, thing, "K")
+        distances = np.hypot.reduce(np.asarray(image).astype(int) - thing.rgb, axis=2)
+        assert (distances > 100).sum() > 50, thing.color
+
+
+def test_files_are_the_same_twice_and_no_split_repeats_another(tmp_path):
+    """Guards against unseeded files, and against test scenes in the training split."""
+    for name, split in (("a", "test"), ("b", "test"), ("c", "train")):
+        assert run(benchmarks.main, [str(tmp_path / name), "-n", "6", "--size", "64", "--split", split]) == 0
+    files = {name: sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*.*")) for name in "abc"}
+    assert files["a"] == files["b"] == files["c"] and len(files["a"]) > 50
+    assert all((tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes() for path in files["a"])
+    pictures = [path for path in files["a"] if path.suffix == ".png"]
+    assert all((tmp_path / "a" / path).read_bytes() != (tmp_path / "c" / path).read_bytes() for path in pictures)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["-n", "0"], "n is 0"), (["--size", "8"], "size 8"), (["--seed", "-1"], "seed is -1"), (["--split", "dev"], "invalid choice"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(flags, words, tmp_path, capsys):
+    """Guards against tracebacks and half a folder."""
+    assert run(benchmarks.main, [str(tmp_path / "out"), *flags]) == 2
+    assert words in (err := capsys.readouterr().err) and err.count("\n") == 1 and list(tmp_path.iterdir()) == []
