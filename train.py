@@ -46,7 +46,8 @@ from commandline import Parser, run
 from data import scenes
 from data.batches import SCENES, Examples, Micro, RecordSource, SceneSource, batches, parse_mix
 from data.records import Records
-from evals.scenes import answer, evaluate
+from evals.benchmark import answer
+from evals.scenes import evaluate
 from parallel import Objective, Place, find_place, gradients, spread
 from tokenizer import Tokenizer
 from vipllava import ViPLLaVA, ViPLLaVAConfig
@@ -329,7 +330,6 @@ def held_out_scenes(model: ViPLLaVA, tokenizer: Tokenizer, recipe: Recipe, n: in
     """Exact matches on held-out scenes, by kind of marker; of whole captions, where a run trains on nothing else."""
     source = "captions" if parse_mix(recipe.data)[0] == ["captions"] else "markers"
     table = evaluate(model, tokenizer, n, source=source, split="val", seed=recipe.seed, side=recipe.side)
-    table["all"] = tuple(map(sum, zip(*table.values())))
     return {name: round(right / seen, 3) for name, (right, seen) in table.items()}
 
 

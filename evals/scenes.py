@@ -8,7 +8,6 @@ Scene i is the same for everyone: it depends on the split, the seed and i alone,
 """
 
 import functools
-import math
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -16,33 +15,15 @@ from dataclasses import replace
 import torch
 
 import checkpoint
-from chat import TEMPLATES, encode_chat, stop_ids
-from clip import preprocess
 from commandline import Parser, check_device, run
 from data import scenes
-from overlay import KINDS, draw
-from tokenizer import Stream
-
-
-def answer(model, tokenizer, samples: list[scenes.Sample], max_new_tokens: int) -> list[str]:
-    """The greedy answer to each sample's first question; its caption, where nothing is asked."""
-    template = model.config.template if samples[0].turns[0].question else "plain"
-    prompts = [encode_chat(tokenizer, template, [replace(s.turns[0], answer=None)])[0] for s in samples]
-    pixels = torch.stack([preprocess(draw(s.image, s.markers), model.config.vision.image_size) for s in samples])
-    streams = [Stream(tokenizer, TEMPLATES[template].stop) for _ in samples]
-    texts = [""] * len(samples)
-    stop = stop_ids(tokenizer, template)
-    for tokens in model.generate(prompts, pixels, max_new_tokens=max_new_tokens, stop_ids=stop):
-        for i, token in enumerate(tokens):
-            if token is not None and not streams[i].stopped:
-                texts[i] += streams[i].push(token)
-        if all(stream.stopped for stream in streams):
-            break
-    return [(text + stream.flush()).strip() for text, stream in zip(texts, streams)]
+from evals.benchmark import answer, interval
+from overlay import KINDS
 
 
 def evaluate(model, tokenizer, n: int, *, source="markers", split="test", seed=0, side=224, unmarked=False, batch=50):
-    """Exact matches on scenes 0 … n - 1: name -> (right, seen). Names are the kinds of marker, or "captions" alone."""
+    """Exact matches on scenes 0 … n - 1: name -> (right, seen). Names are the kinds of marker, or
+    "captions" alone, and "all"."""
     right, seen, size = Counter(), Counter(), (side, side)
     for first in range(0, n, batch):
         group = range(first, min(first + batch, n))
@@ -57,14 +38,7 @@ def evaluate(model, tokenizer, n: int, *, source="markers", split="test", seed=0
         for name, sample, text in zip(names, samples, answer(model, tokenizer, samples, limit)):
             seen[name] += 1
             right[name] += text == sample.turns[0].answer
-    return {name: (right[name], seen[name]) for name in seen}
-
-
-def interval(right: int, seen: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson, 1927)."""
-    z, p = 1.96, right / seen
-    middle, reach = p + z * z / (2 * seen), z * math.sqrt(p * (1 - p) / seen + z * z / (4 * seen * seen))
-    return (middle - reach) / (1 + z * z / seen), (middle + reach) / (1 + z * z / seen)
+    return {name: (right[name], seen[name]) for name in seen} | {"all": (right.total(), seen.total())}
 
 
 def chance(n: int, split="test", seed=0, side=224) -> float:
@@ -89,7 +63,6 @@ def main(argv: list[str]) -> None:
     model, tokenizer = checkpoint.load(args.model, check_device(args.device), torch.float32)
     where = {"split": args.split, "seed": args.seed, "side": args.side}
     table = evaluate(model, tokenizer, args.n, unmarked=args.unmarked, **where)
-    table["all"] = tuple(map(sum, zip(*table.values())))
     for name, (right, seen) in table.items():
         low, high = interval(right, seen)
         print(f"{name:13} {right / seen:6.1%}   95 % interval {low:5.1%} to {high:5.1%}   ({right} of {seen})")

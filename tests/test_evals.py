@@ -17,7 +17,8 @@ def test_exact_answers_are_counted_by_kind(monkeypatch):
 
     monkeypatch.setattr(scenes_eval, "answer", right_about_arrows)
     table = evaluate(None, None, 41, side=64, batch=9)
-    assert table == {kind: (5 * (kind == "arrow"), 6 if kind == "rectangle" else 5) for kind in KINDS}
+    by_kind = {kind: (5 * (kind == "arrow"), 6 if kind == "rectangle" else 5) for kind in KINDS}
+    assert table == by_kind | {"all": (5, 41)}
 
 
 def test_unmarked_asks_the_same_without_markers(monkeypatch):
