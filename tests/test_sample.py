@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -288,7 +289,9 @@ def test_the_program_itself_exits_with_2(files):
 
 def test_ctrl_c_ends_quietly(files):
     """Guards against a traceback at Ctrl-C, in the middle of a chat, and against status 0 or 1."""
-    process = python(files, "--image", "photo.jpg", "--model", "model", "--max-new-tokens", "3", "--chat")
+    argv = ["--image", "photo.jpg", "--model", "model", "--max-new-tokens", "3", "--chat"]
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts with & does not hear it
+    process = python(files, *argv, preexec_fn=heard)
     process.stdin.write("What is this?\n")
     process.stdin.flush()
     process.stdout.readline()  # the answer: soon it waits for the next question
