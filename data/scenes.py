@@ -28,13 +28,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from chat import Turn
 from commandline import Parser, run
@@ -52,6 +52,10 @@ REACH = 1.42          # how many radii around an object are free of others: its 
 CELL_EDGE = 0.04      # centers keep this far from the borders of their cell: position words are never a close call
 PLACING_TRIES = 16
 BACKGROUNDS = ("flat", "gradient", "stripes", "noise")
+# What only rich scenes have:
+TEXTURES, P_TEXTURE = ("plain", "striped", "dotted"), (0.6, 0.2, 0.2)
+LETTERED, P_TEXT = ("circle", "square", "heart", "star"), 0.5   # shapes with room for a letter or a digit, if plain
+LETTERS, DIGITS = "ABCDEFGHKLMNPRSTUVXYZ", "123456789"
 
 # RELEASED is meant for 336 pixels: at 112 many of its strokes are thinner than a pixel, and faint. BOLD stays seen.
 BOLD = Distribution(alpha=(0.7, 1), mask_alpha=(0.3, 0.5), rectangle_width=(6, 10), ellipse_width=(6, 10),
@@ -79,6 +83,8 @@ class Object:
     rgb: tuple[int, int, int]
     polygon: tuple[tuple[float, float], ...]  # pixels; drawn exactly so
     box: tuple[float, float, float, float]    # the polygon's bounds
+    texture: str = "plain"                   # one of TEXTURES
+    text: str = ""                           # a letter or a digit in its middle
 
     @property
     def center(self) -> tuple[float, float]:
@@ -152,8 +158,9 @@ def make_object(shape: str, color: str, size: str, center: tuple[float, float], 
 
 # -- scenes ----------------------------------------------------------------------------------------------------------
 def sample_scene(generator: np.random.Generator, size: tuple[int, int] = (224, 224), n: int | None = None,
-                 shapes: Sequence[str] = tuple(SHAPES)) -> Scene:
-    """A scene of n objects (2-6 unless told), no two alike in both shape and color, none near another."""
+                 shapes: Sequence[str] = tuple(SHAPES), rich: bool = False) -> Scene:
+    """A scene of n objects (2-6 unless told), no two alike in both shape and color, none near another. rich: some have
+    a texture, or bear a letter or a digit, each another one."""
     n = int(generator.integers(2, 7)) if n is None else n
     if not 1 <= n <= 9:
         raise ValueError(f"n is {n}; expected 1 to 9 objects, one for each cell of the 3 x 3 grid")
@@ -163,7 +170,17 @@ def sample_scene(generator: np.random.Generator, size: tuple[int, int] = (224, 2
     for look, (name, center, radius), jitter in zip(looks, places, (2 * generator.random((n, 3)) - 1).tolist()):
         objects.append(make_object(shapes[look // len(colors)], colors[look % len(colors)], name, center, radius,
                                    ROTATION * jitter[0], 1 + STRETCH * jitter[1], 1 + BRIGHTNESS * jitter[2]))
+    if rich:
+        signs = iter(generator.permutation(list(LETTERS + DIGITS)).tolist())
+        objects = [_dress(generator, thing, next(signs)) for thing in objects]
     return Scene(tuple(size), tuple(objects), _sample_background(generator))
+
+
+def _dress(generator, thing, sign):
+    u, v = generator.random(2).tolist()
+    texture = TEXTURES[(u >= P_TEXTURE[0]) + (u >= P_TEXTURE[0] + P_TEXTURE[1])]
+    bears = texture == "plain" and thing.shape in LETTERED and v < P_TEXT
+    return replace(thing, texture=texture, text=sign if bears else "")
 
 
 def _place(generator, size, n):
@@ -221,8 +238,44 @@ def render(scene: Scene, supersample: int = 4) -> Image.Image:
         # Pillow counts pixel centers, polygons count pixel corners: hence the half
         outline = [((x - x0) * supersample - 0.5, (y - y0) * supersample - 0.5) for x, y in thing.polygon]
         ImageDraw.Draw(mask).polygon(outline, fill=255)
-        image.paste(thing.rgb, (x0, y0), mask.reduce(supersample))
+        mask = mask.reduce(supersample)
+        image.paste(thing.rgb, (x0, y0), mask)
+        if thing.texture != "plain":
+            pattern = _pattern(thing, mask.size)
+            image.paste(_second_tone(thing.rgb), (x0, y0), ImageChops.multiply(mask, pattern))
+        if thing.text:
+            write_on(image, thing, thing.text)
     return image
+
+
+def _second_tone(rgb):
+    """Of the same hue: darker where the color is bright, else brighter."""
+    end = 0 if sum(rgb) > 3 * 128 else 255
+    return tuple(round(0.5 * channel + 0.5 * end) for channel in rgb)
+
+
+def _pattern(thing, size):
+    """Where the second tone goes: slanted stripes, or dots, as large as the object asks for."""
+    x, y = np.meshgrid(*map(np.arange, size))
+    if thing.texture == "striped":
+        period = max(size) / 4
+        on = (x + y) % period < period / 2
+    else:
+        period = max(size) / 4.5
+        on = np.hypot(x % period - period / 2, y % period - period / 2) < 0.36 * period
+    return Image.fromarray((255 * on).astype(np.uint8))
+
+
+@lru_cache
+def _font(size):
+    return ImageFont.load_default(size)
+
+
+def write_on(image: Image.Image, thing: Object, text: str) -> None:
+    """Text in the middle of an object, in black or white, whichever is farther from its color."""
+    bright = sum(thing.rgb) > 3 * 128
+    font = _font(round((thing.box[2] - thing.box[0]) / 2))
+    ImageDraw.Draw(image).text(thing.center, text, fill="black" if bright else "white", font=font, anchor="mm")
 
 
 def _background_image(background, size):
@@ -244,9 +297,15 @@ def _background_image(background, size):
 
 
 # -- words -----------------------------------------------------------------------------------------------------------
+def look_of(thing: Object) -> str:
+    """'red star', 'striped orange ring'."""
+    return f"{'' if thing.texture == 'plain' else thing.texture + ' '}{thing.color} {thing.shape}"
+
+
 def describe(thing: Object) -> str:
-    """'a red star', 'an orange ring'."""
-    return f"{'an' if thing.color[0] in 'aeiou' else 'a'} {thing.color} {thing.shape}"
+    """'a red star', 'an orange ring', 'a striped orange ring'."""
+    look = look_of(thing)
+    return f"{'an' if look[0] in 'aeiou' else 'a'} {look}"
 
 
 def cell(scene: Scene, thing: Object) -> tuple[int, int]:
@@ -267,8 +326,9 @@ def caption(scene: Scene, marked: Iterable[tuple[Object, Marker]] = ()) -> str:
     words = {id(thing): f" {phrase(marker)}" for thing, marker in marked}
     lines = []
     for thing in sorted(scene.objects, key=lambda thing: (*cell(scene, thing), thing.center[0])):
-        noun = describe(thing) if thing.size == "small" else f"a large {thing.color} {thing.shape}"
-        lines.append(f"{position(scene, thing)}: {noun}{words.get(id(thing), '')}.")
+        noun = describe(thing) if thing.size == "small" else f"a large {look_of(thing)}"
+        sign = f" with the {'number' if thing.text in DIGITS else 'letter'} {thing.text}" if thing.text else ""
+        lines.append(f"{position(scene, thing)}: {noun}{sign}{words.get(id(thing), '')}.")
     return " ".join(lines)
 
 
@@ -299,7 +359,7 @@ def caption_sample(generator: np.random.Generator, size: tuple[int, int] = (224,
 def marked_caption_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224),
                           kinds: Sequence[str] = KINDS, distribution: Distribution = RELEASED) -> Sample:
     """The same of an image with one to three markers, which the caption mentions: what a marker is, and where."""
-    scene, things, markers = _marked_scene(generator, size, kinds, None, distribution)
+    scene, things, markers = marked_scene(generator, size, kinds, None, distribution)
     return Sample(partial(render, scene), markers, (Turn("", caption(scene, zip(things, markers)), image=True),))
 
 
@@ -317,7 +377,7 @@ test_sample.__test__ = False   # pytest would take it for a test
 def marker_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224), kinds: Sequence[str] = KINDS,
                   n_markers: int | None = None, distribution: Distribution = RELEASED) -> Sample:
     """One to three marked objects; what each is, perhaps where, how two are related, and the whole, in any order."""
-    scene, things, markers = _marked_scene(generator, size, kinds, n_markers, distribution)
+    scene, things, markers = marked_scene(generator, size, kinds, n_markers, distribution)
     asked, alone = [], len(things) == 1
     for thing, marker in zip(things, markers):
         asked.append(_question(generator, thing, marker, alone))
@@ -337,14 +397,15 @@ class NoMarkerError(ValueError):
     """No marker of this kind can be seen on this object and told from the others."""
 
 
-def _marked_scene(generator, size, kinds, n_markers, distribution):
+def marked_scene(generator: np.random.Generator, size: tuple[int, int], kinds: Sequence[str] = KINDS,
+                 n_markers: int | None = None, distribution: Distribution = RELEASED, rich: bool = False):
     """A scene, some of its objects, and their markers."""
     choice = generator.random()
     if n_markers is None:
         n_markers = 1 + (choice >= P_MARKERS[0]) + (choice >= P_MARKERS[0] + P_MARKERS[1])
     if not 1 <= n_markers <= 6:
         raise ValueError(f"n_markers is {n_markers}; expected 1 to 6, the most objects of a scene")
-    scene = sample_scene(generator, size, n=int(generator.integers(max(2, n_markers), 7)))
+    scene = sample_scene(generator, size, n=int(generator.integers(max(2, n_markers), 7)), rich=rich)
     for _ in range(20):  # other objects and kinds, where these leave no marker that can be seen and told apart
         try:
             return scene, *sample_markers(generator, scene, n_markers, kinds, distribution)
