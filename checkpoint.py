@@ -31,6 +31,7 @@ Pitfalls
   * Hugging Face's processor crops the centre of an image, and markers near the border vanish. clip.preprocess pads.
 """
 
+import contextlib
 import math
 import os
 import pickle
@@ -38,7 +39,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,7 +54,7 @@ from chat import TEMPLATES, stop_ids
 from clip import CLIP, MEAN, STD, TextConfig, VisionConfig
 from hub import find
 from llama import LlamaConfig
-from tokenizer import Tokenizer, clip_tokenizer, read_json, write_json
+from tokenizer import CLIPTokenizer, Tokenizer, read_json, write_json
 from vipllava import Projector, ViPLLaVA, ViPLLaVAConfig
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14-336"
@@ -459,7 +460,7 @@ def _assemble(config, text, vision, parts, tokenizer, device, dtype, fresh=False
 
 WRITTEN = re.compile(  # the files of a model
     r"((generation_|tokenizer_|preprocessor_|processor_)?config|tokenizer|model\.safetensors\.index)\.json"
-    r"|model(-\d{5}-of-\d{5})?\.safetensors"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors|vocab\.json|merges\.txt"
 )
 
 
@@ -471,13 +472,20 @@ def save(model: ViPLLaVA, tokenizer: Tokenizer, folder, shard_bytes: float = 5e9
     and till the last has come config.json says so: a model is whole, or it doesn't load. A model that `save` wrote is
     replaced, other files stay. Raises ValueError, before anything is written, where another model would be lost.
     """
+    with _beside(folder) as beside:
+        _write_weights(model.config, state or model.state_dict(), beside, shard_bytes)
+        _write_configs(model, tokenizer, beside)
+
+
+@contextlib.contextmanager
+def _beside(folder) -> Iterator[Path]:
+    """A hidden folder to write a model into; in the end it is put into `folder`, or removed after an error."""
     folder = check_target(folder)
     beside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(beside, ignore_errors=True)  # of a save that was killed
     beside.mkdir(parents=True)
     try:
-        _write_weights(model.config, state or model.state_dict(), beside, shard_bytes)
-        _write_configs(model, tokenizer, beside)
+        yield beside
     except BaseException:
         shutil.rmtree(beside)
         raise
@@ -549,14 +557,18 @@ def _write_configs(model: ViPLLaVA, tokenizer: Tokenizer, folder: Path) -> None:
     ends["eos_token_id"] = sorted(stop_ids(tokenizer, c.template))
     silent = list(range(c.image_token_id, rows))  # transformers shall not sample untrained rows either
     write_json(folder / "generation_config.json", {**ends, "suppress_tokens": silent})
-    image = {"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": 3}
-    image |= {"size": {"shortest_edge": S}, "do_center_crop": True, "crop_size": {"height": S, "width": S}}
-    image |= {"do_rescale": True, "rescale_factor": 1 / 255}
-    image |= {"do_normalize": True, "image_mean": MEAN, "image_std": STD}
-    write_json(folder / "preprocessor_config.json", image)
+    write_json(folder / "preprocessor_config.json", image_processor(S))
     words = {"processor_class": "LlavaProcessor", "patch_size": c.vision.patch_size, "image_token": "<image>"}
     words |= {"num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}  # the class token
     write_json(folder / "processor_config.json", words)
+
+
+def image_processor(S: int) -> dict:
+    """Hugging Face's preprocessor_config.json for images of S x S pixels."""
+    image = {"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": 3}
+    image |= {"size": {"shortest_edge": S}, "do_center_crop": True, "crop_size": {"height": S, "width": S}}
+    image |= {"do_rescale": True, "rescale_factor": 1 / 255}
+    return image | {"do_normalize": True, "image_mean": MEAN, "image_std": STD}
 
 
 def config_json(c: ViPLLaVAConfig, rows: int) -> dict:
@@ -587,7 +599,7 @@ def config_json(c: ViPLLaVAConfig, rows: int) -> dict:
 # -- CLIP by itself --------------------------------------------------------------------------------------------------
 
 
-def load_clip(path_or_name: str | Path, device=None, dtype: torch.dtype | None = None) -> tuple[CLIP, Callable]:
+def load_clip(path_or_name: str | Path, device=None, dtype: torch.dtype | None = None) -> tuple[CLIP, CLIPTokenizer]:
     """A whole official CLIP and `tokenize`, texts -> ids (M, T), ended and padded to the longest by end-of-text."""
     folder = find(path_or_name)
     config = read_json(folder / "config.json")
@@ -597,4 +609,27 @@ def load_clip(path_or_name: str | Path, device=None, dtype: torch.dtype | None =
     with torch.device("meta"):
         projection = _positive(config, "projection_dim", 512, whole=True)
         model = CLIP(vision_config(_object(config, "vision_config", {})), text, projection)
-    return fill(model, [Part(weight_files(folder))], device, dtype), clip_tokenizer(folder, text.context)
+    return fill(model, [Part(weight_files(folder))], device, dtype), CLIPTokenizer.load(folder, text.context)
+
+
+def save_clip(clip: CLIP, tokenize: CLIPTokenizer, folder: str | Path) -> None:
+    """Write a whole CLIP in Hugging Face's layout: `load_clip` and transformers' CLIPModel read it."""
+    vision = {key: getattr(clip.vision_model.config, ours) for ours, (key, _) in VISION.items()}
+    text = {key: getattr(clip.text_model.config, ours) for ours, (key, _) in CLIP_TEXT.items()}
+    ends = {"bos_token_id": tokenize.begin, "eos_token_id": tokenize.end, "pad_token_id": tokenize.end}
+    config = {"model_type": "clip", "architectures": ["CLIPModel"], "template": None,  # the last says: saved from here
+              "projection_dim": clip.visual_projection.out_features, "logit_scale_init_value": 2.6592,
+              "vision_config": {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", **vision},
+              "text_config": {"model_type": "clip_text_model", "hidden_act": "quick_gelu", **text, **ends}}  # fmt: skip
+    with _beside(folder) as beside:
+        tensors = {}
+        for name, x in clip.state_dict().items():
+            tower, dot, rest = name.partition(".")
+            if tower in ("vision_model", "text_model"):
+                name = tower + dot + _swap(rest, IN_CLIP.items())
+            tensors[name] = x.cpu().contiguous()
+        save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
+        (beside / "model.safetensors").chmod(0o644)
+        tokenize.save(beside)
+        write_json(beside / "config.json", config)
+        write_json(beside / "preprocessor_config.json", image_processor(clip.vision_model.config.image_size))

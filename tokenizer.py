@@ -19,7 +19,7 @@ Pitfalls
 import codecs
 import json
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -370,32 +370,71 @@ class Tokenizer:
 
 # -- CLIP's ----------------------------------------------------------------------------------------------------------
 
-def clip_tokenizer(folder: Path, context: int) -> Callable[[list[str]], torch.Tensor]:
-    """CLIP's byte-pair encoding: lower case, words and signs apart, "</w>" at the end of each."""
-    if (folder / "tokenizer.json").is_file():
-        bpe = read_json(folder / "tokenizer.json")["model"]
-        vocab, merges = bpe["vocab"], [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in bpe["merges"]]
-    elif (folder / "merges.txt").is_file():
-        vocab, lines = read_json(folder / "vocab.json"), (folder / "merges.txt").read_text(encoding="utf-8")
-        merges = [tuple(line.split(" ")) for line in lines.split("\n") if line and not line.startswith("#version")]
-    else:
+class CLIPTokenizer:
+    """CLIP's byte-pair encoding: lower case, words and signs apart, "</w>" at the end of each.
+
+        tokenize = CLIPTokenizer.load(folder, context=77)
+        tokenize(["a red star", "a ring"])             # ids (M, T), each row ended, and filled up, by end-of-text
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], context: int):
+        self.vocab, self.merges, self.context = vocab, merges, context
+        self.begin, self.end = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
+        self._bpe = _clip_bpe(models.BPE(vocab, merges, end_of_word_suffix="</w>"))
+
+    @classmethod
+    def load(cls, folder: Path, context: int) -> "CLIPTokenizer":
+        if (folder / "tokenizer.json").is_file():
+            bpe = read_json(folder / "tokenizer.json")["model"]
+            merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in bpe["merges"]]
+            return cls(bpe["vocab"], merges, context)
+        if (folder / "merges.txt").is_file():
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+            return cls(read_json(folder / "vocab.json"), merges, context)
         raise FileNotFoundError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
-    bpe = BPETokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>"))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, context: int) -> "CLIPTokenizer":
+        """Learned from texts: at most vocab_size pieces. The two special tokens come last, as CLIP's text tower finds
+        the end of a text by its id, the largest."""
+        bpe = _clip_bpe(models.BPE(end_of_word_suffix="</w>"))
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - 2, initial_alphabet=alphabet,
+                                                           end_of_word_suffix="</w>", show_progress=False))
+        model = json.loads(bpe.to_str())["model"]
+        names = [*sorted(model["vocab"], key=model["vocab"].get), "<|startoftext|>", "<|endoftext|>"]
+        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+        return cls({name: i for i, name in enumerate(names)}, merges, context)
+
+    def save(self, folder: str | Path) -> None:
+        """vocab.json and merges.txt, as transformers' CLIPTokenizer reads them."""
+        write_json(Path(folder) / "vocab.json", self.vocab)
+        lines = ["#version: 0.2", *(" ".join(merge) for merge in self.merges)]
+        (Path(folder) / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def encode(self, text: str) -> list[int]:
+        ids = [self.begin, *self._bpe.encode(text).ids, self.end]
+        if len(ids) > self.context:
+            raise ValueError(f"a text of {len(ids)} tokens; CLIP reads at most {self.context}, both ends included")
+        return ids
+
+    def pad(self, rows: list[list[int]]) -> torch.Tensor:
+        longest = max(map(len, rows))
+        return torch.tensor([row + [self.end] * (longest - len(row)) for row in rows])  # (M, T)
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        if not texts:
+            raise ValueError("no text to tokenize; expected a list of one or more")
+        return self.pad([self.encode(text) for text in texts])
+
+
+def _clip_bpe(model: models.BPE) -> BPETokenizer:
+    bpe = BPETokenizer(model)
     bpe.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
     words = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
     split = pre_tokenizers.Split(Regex(words), "removed", invert=True)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    begin, end = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
-
-    def tokenize(texts: list[str]) -> torch.Tensor:
-        if not texts:
-            raise ValueError("no text to tokenize; expected a list of one or more")
-        rows = [[begin, *bpe.encode(text).ids, end] for text in texts]
-        longest = max(map(len, rows))
-        if longest > context:
-            raise ValueError(f"a text of {longest} tokens; CLIP reads at most {context}, both ends included")
-        return torch.tensor([row + [end] * (longest - len(row)) for row in rows])  # (M, T)
-
-    return tokenize
+    return bpe

@@ -35,8 +35,10 @@ import torch.nn as nn
 import torch.utils.checkpoint
 from PIL import Image, ImageDraw
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.utils.data import Dataset
 
 import checkpoint
+import contrast
 import llama
 import lora
 import states
@@ -57,6 +59,7 @@ TRAINED = {  # what may be trained: the beginnings of the parameters' names
     "language": ("projector.", "llama."),
     "projector": ("projector.",),
     "lora": ("projector.",),  # and what lora.py adds
+    "contrast": ("",),  # both towers of a CLIP, see contrast.py
 }
 
 
@@ -98,6 +101,7 @@ class Recipe:
 
 
 RECIPES = {
+    "tiny-clip": Recipe(train="contrast", batch=128, steps=4000, lr=1e-3, weight_decay=0.05),
     "tiny-captions": Recipe("captions", steps=5000),
     "tiny-markers": Recipe("markers=2,bold-markers=3,marked=2,bold-marked=2", steps=20_000),
     # the paper's
@@ -140,13 +144,13 @@ def parameter_groups(model: ViPLLaVA, recipe: Recipe) -> list[dict]:
     return [{"params": ps, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
 
 
-def summary(model: ViPLLaVA) -> str:
+def summary(model: nn.Module) -> str:
     """How many parameters of each part are trained, and how many are frozen."""
     lines = []
-    for name, part in (("vision", model.vision), ("projector", model.projector), ("llama", model.llama)):
+    for name, part in model.named_children():
         trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in part.parameters() if not p.requires_grad)
-        lines.append(f"{name:10} {trained:>13,} trained   {frozen:>13,} frozen")
+        lines.append(f"{name:17} {trained:>13,} trained   {frozen:>13,} frozen")
     return "\n".join(lines)
 
 
@@ -176,22 +180,34 @@ class Habits:
     peak_tflops: float = 0.0
 
 
-def train(model: ViPLLaVA, tokenizer: Tokenizer, source, recipe: Recipe, out: Path, base: str, place: Place, habits: Habits,
-          parallel="ddp", low=torch.float32, measure=None, stopping=()) -> None:
-    """Train to recipe.steps, or on from a state in `out`. measure(model): the accuracy to report, or accuracies.
-    stopping: once there is something in it, the run saves and ends, see stop_signals."""
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what, and what comes of it."""
+
+    objective: nn.Module  # (ids, labels, pixels) of a micro-batch -> its summed loss; .model is what is trained
+    data: Dataset  # as data.batches.Examples
+    publish: Callable[[dict], None]  # writes what the run has made, of the whole model's tensors
+    measure: Callable | None = None  # of the model: the accuracy to report, or accuracies by name
+    measure_first: bool = False  # before the first step, too
+    flops: float = 0.0  # of a token, to report MFU
+
+
+def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits: Habits, parallel="ddp",
+          low=torch.float32, stopping=()) -> None:
+    """Train to recipe.steps, or on from a state in `out`. stopping: once there is something in it, the run saves and
+    ends, see stop_signals."""
     out.mkdir(parents=True, exist_ok=True)
-    objective = spread(Objective(model, low, place.world > 1), parallel, place)
+    model, measure = task.objective.model, task.measure
+    objective = spread(task.objective, parallel, place)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, 0.98), fused=True)
     about = {"recipe": dataclasses.asdict(recipe), "base": base}
     first = states.load(out, model, optimizer, about)
-    journal = Journal(out, place.rank == 0, first, habits, place, flops_per_token(model))
-    data = Examples(source, tokenizer, model.config, recipe.template or None, recipe.length)
-    steps = batches(data, recipe.batch, recipe.seed, first, recipe.steps, micro=habits.micro, rank=place.rank,
+    journal = Journal(out, place.rank == 0, first, habits, place, task.flops)
+    steps = batches(task.data, recipe.batch, recipe.seed, first, recipe.steps, micro=habits.micro, rank=place.rank,
                     world=place.world, workers=habits.workers, pin=place.device.type == "cuda")  # fmt: skip
     casting = functools.partial(torch.autocast, place.device.type, low, enabled=low != torch.float32)
-    if measure and first == 0 and isinstance(source, RecordSource):
+    if measure and first == 0 and task.measure_first:
         with casting():
             journal.measure(0, lambda: measure(model.eval()))
     for step, (micros, bad) in enumerate(steps, first):
@@ -220,7 +236,11 @@ def train(model: ViPLLaVA, tokenizer: Tokenizer, source, recipe: Recipe, out: Pa
             states.save(out, model, optimizer, done, about, habits.keep)
         if stop:
             break
-    publish(model, tokenizer, out, base, recipe, place)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if place.rank == 0:
+        task.publish(state)
+    if place.world > 1:
+        dist.barrier()
     if habits.plot and place.rank == 0:
         plot(out)
     if first < recipe.steps and done < recipe.steps:
@@ -237,18 +257,6 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for name, handler in zip(names, before):
             signal.signal(name, handler)
-
-
-def publish(model: ViPLLaVA, tokenizer: Tokenizer, out: Path, base: str, recipe: Recipe, place: Place) -> None:
-    """What the run has made: an adapter, or a whole checkpoint."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if place.rank == 0:
-        if recipe.train == "lora":
-            lora.save(model, out, base, state)
-        else:
-            checkpoint.save(model, tokenizer, out, state=state)
-    if place.world > 1:
-        dist.barrier()
 
 
 # -- what is said ----------------------------------------------------------------------------------------------------
@@ -347,8 +355,9 @@ def held_out_records(model: ViPLLaVA, tokenizer: Tokenizer, records: Records, n:
 # -- a small model from nothing --------------------------------------------------------------------------------------
 
 
-def tiny_model(recipe: Recipe) -> tuple[ViPLLaVA, Tokenizer]:
-    """A random ViP-LLaVA of TINY's sizes, 2.5 M parameters, and a tokenizer that knows the words of the scenes."""
+def tiny_model(recipe: Recipe, clip: str | None = None) -> tuple[ViPLLaVA, Tokenizer]:
+    """A random ViP-LLaVA of TINY's sizes, 2.5 M parameters, and a tokenizer that knows the words of the scenes. clip:
+    a folder with the CLIP whose image tower it is to have."""
     texts = []
     for index in range(1000):
         for source in SCENES.values():
@@ -358,7 +367,10 @@ def tiny_model(recipe: Recipe) -> tuple[ViPLLaVA, Tokenizer]:
     tokenizer = Tokenizer.train(texts, 1024)
     torch.manual_seed(recipe.seed)
     text = dataclasses.replace(TINY.text, vocab_size=tokenizer.vocab_size + 2)  # and <image>, <pad>
-    return ViPLLaVA(dataclasses.replace(TINY, text=text, image_token_id=tokenizer.vocab_size)), tokenizer
+    model = ViPLLaVA(dataclasses.replace(TINY, text=text, image_token_id=tokenizer.vocab_size))
+    if clip:
+        model.vision = checkpoint.load_clip(clip, "cpu", torch.float32)[0].vision_model
+    return model, tokenizer
 
 
 # -- command line ----------------------------------------------------------------------------------------------------
@@ -369,6 +381,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("recipe", choices=RECIPES, help="what to train; flags override its fields")
     parser.add_argument("--out", type=Path, required=True, help="the run's folder; a run that is in it is continued")
     parser.add_argument("--model", help="start from these weights (a name or folder); without it, a small random model")
+    parser.add_argument("--clip", help="a small random model gets the image tower of the CLIP in this folder")
     parser.add_argument("--images", type=Path, default=Path("."), help="the folder that the records' images lie in (here)")
     parser.add_argument("--valid", type=Path, help="a file of records to measure exact answers on")
     for field in dataclasses.fields(Recipe):
@@ -434,10 +447,40 @@ def main(argv: list[str]) -> None:
     if recipe.train == "lora" and not args.model:
         raise ValueError("an adapter has no base; expected --model")
     place = find_place(args.device)
-    source, recipe = find_source(recipe, args.images)
     low = getattr(torch, args.precision or ("bfloat16" if place.device.type == "cuda" else "float32"))
+    base = str(Path(args.model).resolve()) if args.model and Path(args.model).is_dir() else args.model or ""
+    make = contrast_task if recipe.train == "contrast" else answer_task
+    task, recipe = make(args, recipe, place, low, base)
+    if place.rank == 0:
+        print(f"{recipe}\n{summary(task.objective.model)}", flush=True)
+    habits = Habits(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Habits)})
+    with stop_signals() as stopping:
+        train(task, recipe, args.out, base, place, habits, args.parallel, low, stopping)
+    if place.world > 1:
+        dist.destroy_process_group()
+
+
+def contrast_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: torch.dtype, base: str):
+    if args.parallel == "fsdp" or place.world > 1:
+        raise ValueError("several processes came with contrast; expected one, as each image is held against all others")
+    if args.micro or not recipe.steps:
+        raise ValueError("micro-batches, or no steps, came with contrast; expected none, and --steps")
+    loaded = checkpoint.load_clip(args.model, place.device, torch.float32) if args.model else contrast.tiny_clip(recipe.seed)
+    model, tokenize = loaded[0].to(place.device), loaded[1]
+    pairs = functools.partial(contrast.Pairs, tokenize, model.vision_model.config, recipe.seed, recipe.side)
+
+    def publish(state: dict) -> None:
+        checkpoint.save_clip(model, tokenize, args.out)
+
+    measure = functools.partial(contrast.held_out_pairs, data=pairs(split="val"))
+    return Task(contrast.Contrast(model, low), pairs(split="train"), publish, measure), recipe
+
+
+def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: torch.dtype, base: str):
+    """A ViP-LLaVA that learns to answer."""
+    source, recipe = find_source(recipe, args.images)
     stored = low if recipe.train in ("lora", "projector") else torch.float32
-    model, tokenizer = checkpoint.load(args.model, place.device, stored) if args.model else tiny_model(recipe)
+    model, tokenizer = checkpoint.load(args.model, place.device, stored) if args.model else tiny_model(recipe, args.clip)
     freeze(model.to(place.device), recipe, torch.float32 if args.parallel == "fsdp" else low)  # FSDP casts by itself
     for block in model.llama.layers:
         if args.recompute:
@@ -452,15 +495,16 @@ def main(argv: list[str]) -> None:
         measure = functools.partial(held_out_scenes, tokenizer=tokenizer, recipe=recipe)
     elif args.valid:
         measure = functools.partial(held_out_records, tokenizer=tokenizer, records=Records([args.valid], args.images))
-    if place.rank == 0:
-        print(f"{recipe}\n{summary(model)}", flush=True)
-    habits = Habits(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Habits)})
-    base = args.model or ""
-    base = str(Path(base).resolve()) if Path(base).is_dir() and base else base
-    with stop_signals() as stopping:
-        train(model, tokenizer, source, recipe, args.out, base, place, habits, args.parallel, low, measure, stopping)
-    if place.world > 1:
-        dist.destroy_process_group()
+
+    def publish(state: dict) -> None:
+        if recipe.train == "lora":
+            lora.save(model, args.out, base, state)
+        else:
+            checkpoint.save(model, tokenizer, args.out, state=state)
+
+    data = Examples(source, tokenizer, model.config, recipe.template or None, recipe.length)
+    objective = Objective(model, low, place.world > 1)
+    return Task(objective, data, publish, measure, isinstance(source, RecordSource), flops_per_token(model)), recipe
 
 
 if __name__ == "__main__":

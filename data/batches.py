@@ -11,7 +11,7 @@ workers, nor processes, nor a stop and a start anew change what is learned from:
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,40 +136,6 @@ def encode(sample: Sample, tokenizer: Tokenizer, config: ViPLLaVAConfig, templat
     return expand(ids, config.vision.patches), labels, pixels
 
 
-class Examples(Dataset):
-    """Example j, or the BadRecord that it would come from: a worker's exceptions lose their words on the way."""
-
-    def __init__(self, source, tokenizer: Tokenizer, config: ViPLLaVAConfig, template: str | None, length: int):
-        self.source, self.tokenizer, self.config, self.template = source, tokenizer, config, template
-        self.length, self._ready = length, {}
-
-    def size(self, j: int) -> int:
-        """About how long sample j's text is. The sample is kept until it is asked for, in this process."""
-        try:
-            sample = self._ready[j] = self.source.sample(j)
-        except BadRecord:
-            return 0
-        return sum(len(turn.question) + len(turn.answer) for turn in sample.turns)
-
-    def forget(self) -> None:
-        self._ready.clear()
-
-    def __getitem__(self, j: int) -> Example | BadRecord:
-        try:
-            sample = self._ready.pop(j, None) or self.source.sample(j)
-            ids, labels, pixels = encode(sample, self.tokenizer, self.config, self.template)
-            if len(ids) > self.length:
-                raise self.source.bad(j, f"{len(ids)} tokens; expected at most {self.length}")
-        except BadRecord as error:
-            return error
-        except ValueError as error:  # a mask of another size than its image's, for one
-            return self.source.bad(j, str(error))
-        return Example(self.source.name(j), ids, labels, pixels)
-
-
-# -- batches ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Micro:
     names: list[str]
@@ -188,7 +154,43 @@ def collate(examples: list[Example]) -> Micro:
     return Micro([e.name for e in examples], ids, labels, torch.stack(pixels) if pixels else None)
 
 
-def _step(rows: list[Example | BadRecord], micro: int) -> tuple[list[Micro], list[BadRecord]]:
+class Examples(Dataset):
+    """Example j, or the BadRecord that it would come from: a worker's exceptions lose their words on the way."""
+
+    def __init__(self, source, tokenizer: Tokenizer, config: ViPLLaVAConfig, template: str | None, length: int):
+        self.source, self.tokenizer, self.config, self.template = source, tokenizer, config, template
+        self.length, self._ready = length, {}
+
+    def size(self, j: int) -> int:
+        """About how long sample j's text is. The sample is kept until it is asked for, in this process."""
+        try:
+            sample = self._ready[j] = self.source.sample(j)
+        except BadRecord:
+            return 0
+        return sum(len(turn.question) + len(turn.answer) for turn in sample.turns)
+
+    def forget(self) -> None:
+        self._ready.clear()
+
+    collate = staticmethod(collate)
+
+    def __getitem__(self, j: int) -> Example | BadRecord:
+        try:
+            sample = self._ready.pop(j, None) or self.source.sample(j)
+            ids, labels, pixels = encode(sample, self.tokenizer, self.config, self.template)
+            if len(ids) > self.length:
+                raise self.source.bad(j, f"{len(ids)} tokens; expected at most {self.length}")
+        except BadRecord as error:
+            return error
+        except ValueError as error:  # a mask of another size than its image's, for one
+            return self.source.bad(j, str(error))
+        return Example(self.source.name(j), ids, labels, pixels)
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+
+def _step(rows: list[Example | BadRecord], micro: int, collate: Callable) -> tuple[list[Micro], list[BadRecord]]:
     good, bad = [r for r in rows if isinstance(r, Example)], [r for r in rows if isinstance(r, BadRecord)]
     return [collate(good[i : i + micro]) for i in range(0, len(good), micro)], bad
 
@@ -207,5 +209,5 @@ def order(data: Examples, batch: int, seed: int, first: int, last: int) -> Itera
 def batches(data: Examples, batch: int, seed: int, first: int, last: int, *, micro=0, rank=0, world=1, workers=0, pin=False):
     """For each of the steps first … last - 1 this process's micro-batches, and the bad records among them."""
     mine = (members[rank::world] for members in order(data, batch, seed, first, last))
-    join = functools.partial(_step, micro=micro or -(-batch // world))
+    join = functools.partial(_step, micro=micro or -(-batch // world), collate=data.collate)
     return iter(DataLoader(data, batch_sampler=mine, collate_fn=join, num_workers=workers, pin_memory=pin))

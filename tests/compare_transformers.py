@@ -167,6 +167,12 @@ def clip_towers(tmp):
     with torch.no_grad():
         b = theirs(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids))
         report("CLIP: logits", ours(pixels, ids), b.logits_per_image)
+        checkpoint.save_clip(ours, tokenize, tmp / "saved clip")
+        again = transformers.CLIPModel.from_pretrained(tmp / "saved clip")
+        b = again(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids))
+        report("CLIP saved by us: logits", ours(pixels, ids), b.logits_per_image)
+    reference = transformers.CLIPTokenizer.from_pretrained(tmp / "saved clip")
+    assert all(tokenize([text])[0].tolist() == reference(text).input_ids for text in texts)
     return folder
 
 

@@ -112,6 +112,11 @@ TRAINED = {  # what each kind of training moves, and what it must not
 }
 
 
+def task_of(model, tokenizer, source) -> train.Task:
+    objective = train.Objective(model, torch.float32, several=False)
+    return train.Task(objective, Examples(source, tokenizer, model.config, None, 2048), lambda state: None)
+
+
 @pytest.mark.parametrize("kind", TRAINED)
 def test_what_is_trained_moves_and_nothing_else(kind, tmp_path):
     """Guards against a frozen part that learns, a part that should learn and does not, and unused blocks of CLIP that
@@ -121,7 +126,7 @@ def test_what_is_trained_moves_and_nothing_else(kind, tmp_path):
     freeze(model, recipe, torch.float32)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     source, place = SceneSource("markers", 0, 64), Place(torch.device("cpu"))
-    train.train(model, tokenizer, source, recipe, tmp_path, "base", place, train.Habits())
+    train.train(task_of(model, tokenizer, source), recipe, tmp_path, "base", place, train.Habits())
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
     yes, no = TRAINED[kind]
@@ -182,7 +187,8 @@ def test_a_loss_that_is_no_number_names_its_samples(tmp_path, monkeypatch):
     with torch.no_grad():
         model.projector.linear_1.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"the loss is nan .* at step 0, on scene \d+, scene \d+; lower --lr"):
-        train.train(model, tokenizer, SceneSource("markers", 0, 64), recipe, tmp_path, "", Place(torch.device("cpu")), train.Habits())
+        task = task_of(model, tokenizer, SceneSource("markers", 0, 64))
+        train.train(task, recipe, tmp_path, "", Place(torch.device("cpu")), train.Habits())
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------
