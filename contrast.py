@@ -1,7 +1,7 @@
 """CLIP from captioned scenes: which caption belongs to which image? (Radford et al., arXiv 2103.00020, section 2.3)
 
-    python train.py tiny-clip --out runs/clip                     both towers, from nothing
-    python train.py tiny-text --clip runs/clip --out runs/text    and a ViP-LLaVA on its features
+    python train.py tiny-clip --out runs/clip                                               both towers, from nothing
+    python train.py tiny-captions --train language --clip runs/clip --out runs/captions     then all but its tower
 
 A batch of B images has B captions, and for each a false one in which two things have changed places. An image must find
 its own caption among all 2B, and a caption its own image among the B:
@@ -73,10 +73,11 @@ class Pairs(Dataset):
     """Example j: an image, and the ids of its two captions, one after the other."""
 
     def __init__(self, tokenize: CLIPTokenizer, config: VisionConfig, seed: int, side: int, split: str = "train"):
-        self.tokenize, self.config, self.seed, self.size_, self.split = tokenize, config, seed, (side, side), split
+        self.tokenize, self.config, self.seed, self.split = tokenize, config, seed, split
+        self.image_size = (side, side)
 
     def __getitem__(self, j: int) -> Example:
-        image, true, false = captioned(generator_for(self.split, self.seed, j), self.size_)
+        image, true, false = captioned(generator_for(self.split, self.seed, j), self.image_size)
         ids = [self.tokenize.encode(text) for text in (true, false)]
         return Example(f"scene {j}", ids, [], preprocess(image, self.config.image_size))
 
