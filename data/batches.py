@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from chat import Turn, encode_chat
 from clip import preprocess
-from data import scenes
+from data import benchmarks, scenes
 from data.records import BadRecord, Records, Sample
 from overlay import draw
 from tokenizer import Tokenizer
@@ -34,6 +34,8 @@ SCENES = {
     # wider strokes, easier to begin with
     "bold-markers": functools.partial(scenes.marker_sample, distribution=scenes.BOLD),
     "bold-marked": functools.partial(scenes.marked_caption_sample, distribution=scenes.BOLD),
+    # what the official data sets ask: v7w, pointQA_twice, vcr, refcocog, vg_rel, flickr30k
+    **{kind: functools.partial(benchmarks.sample, kind) for kind in benchmarks.KINDS},
 }
 POOL = 8  # batches
 

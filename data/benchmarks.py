@@ -8,7 +8,9 @@
 | OUT/v7w-test.json            | which of four boxes is meant, by look or by place                                |
 | OUT/pointQA_twice_test.json  | how many objects have the shape of the marked one                                |
 | OUT/vcr-val.json, OUT/vcr    | how one object lies to another, and the reason                                   |
-| OUT/refcocog-val.json        | a phrase for a region; every other region has two                                |
+| OUT/refcocog-val.json        | a phrase for a region; some regions have two                                     |
+| OUT/vg_rel-test.json         | subject, relation, object, of two marked objects                                 |
+| OUT/flickr30k-test.json      | a caption of marked objects                                                      |
 | OUT/ViP-Bench                | free questions in turn, for all six capabilities; letters and digits on objects  |
 
 A record's scene is a function of (split, seed, its number, the benchmark), and no training sees the split "test". With
@@ -18,14 +20,17 @@ A record's scene is a function of (split, seed, its number, the benchmark), and 
 import json
 import re
 import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from commandline import Parser, run
 from data import scenes
-from data.scenes import SPLITS, Object, Scene, describe, flat, is_clear, position, relation, render, sample_scene
+from data.records import Sample, annotate
+from data.scenes import (SPLITS, Scene, describe, flat, is_clear, look_of, position, relation, render, sample_scene,
+                         write_on)  # fmt: skip
 from overlay import draw, phrase
 
 CORNERS = {"square": 4, "bar": 4, "hourglass": 6, "bolt": 6, "star": 10, "cross": 12}
@@ -36,29 +41,39 @@ def generator_for(split: str, seed: int, i: int, benchmark: int) -> np.random.Ge
     return np.random.default_rng([SPLITS[split], seed, i, benchmark])  # a stream that data/scenes.py never uses
 
 
-# -- one record of each: (folder, number, generator, scene's side) -> a record; images are saved ----------------------
+# -- one of each: (generator, side of the scene) -> the records about one picture --------------------------------------
 
 
-def visual7w(folder: Path, i: int, generator: np.random.Generator, side: int) -> dict:
+@dataclass(frozen=True)
+class Made:
+    """A scene, and what is asked about it: official records, but for "id" and "image", which `named` adds."""
+
+    scene: Scene
+    records: list[dict]
+
+    def named(self, kind: str, i: int, image: str) -> list[dict]:
+        return [{"id": f"{kind}-{i}", "image": image, **record} for record in self.records]
+
+
+def visual7w(generator: np.random.Generator, side: int) -> Made:
     scene = sample_scene(generator, (side, side), n=int(generator.integers(4, 7)))
     things = [scene.objects[k] for k in generator.permutation(len(scene.objects))[:4]]
     wanted = things[generator.integers(4)]
     asked = [f"Which is the {wanted.color} {wanted.shape}?", f"Which object is at the {position(scene, wanted)}?"]
     if sum(thing.color == wanted.color for thing in things) == 1:
         asked.append(f"Which object is {wanted.color}?")
-    image = save(render(scene), folder, f"images/v7w-{i:06d}.png")
-    return {"id": f"v7w-{i}", "image": image, "question": asked[generator.integers(len(asked))],
-            "bboxes": [thing.box for thing in things], "answer": wanted.box}  # fmt: skip
+    question = asked[generator.integers(len(asked))]
+    boxes = [list(thing.box) for thing in things]
+    return Made(scene, [{"question": question, "bboxes": boxes, "answer": list(wanted.box)}])
 
 
-def point_qa(folder: Path, i: int, generator: np.random.Generator, side: int) -> dict:
+def point_qa(generator: np.random.Generator, side: int) -> Made:
     shapes = generator.permutation(list(scenes.SHAPES))[:2].tolist()
     scene = sample_scene(generator, (side, side), n=int(generator.integers(2, 8)), shapes=shapes)
     thing = scene.objects[generator.integers(len(scene.objects))]
     count = sum(other.shape == thing.shape for other in scene.objects)
-    image = save(render(scene), folder, f"images/pointQA-{i:06d}.png")
-    return {"id": f"pointQA_twice-{i}", "image": image, "bboxes": [thing.box], "answer": str(count),
-            "general_question": "How many objects of this shape are there?"}  # fmt: skip
+    question = "How many objects of this shape are there?"
+    return Made(scene, [{"bboxes": [list(thing.box)], "answer": str(count), "general_question": question}])
 
 
 WAYS = {  # the answer, and its reason
@@ -69,56 +84,62 @@ WAYS = {  # the answer, and its reason
 }
 
 
-def vcr(folder: Path, i: int, generator: np.random.Generator, side: int) -> dict:
-    pair = None
-    while not pair:
+def _clear_pair(generator: np.random.Generator, side: int) -> tuple[Scene, int, int, str]:
+    """A scene, two of its objects by their numbers, and how the first lies to the second."""
+    while True:
         scene = sample_scene(generator, (side, side))
         pairs = [(a, b) for a, one in enumerate(scene.objects) for b, other in enumerate(scene.objects)
                  if a != b and is_clear(one, other)]  # fmt: skip
-        pair = pairs[generator.integers(len(pairs))] if pairs else None
-    a, b = pair
-    said = relation(scene.objects[a], scene.objects[b])
-    way = next(way for way in WAYS if f" is {way} the " in said)
+        if pairs:
+            a, b = pairs[generator.integers(len(pairs))]
+            said = relation(scene.objects[a], scene.objects[b])
+            return scene, a, b, next(way for way in WAYS if f" is {way} the " in said)
+
+
+def vcr(generator: np.random.Generator, side: int) -> Made:
+    """With "meta", the content of the file that "meta_dir" is to name."""
+    scene, a, b, way = _clear_pair(generator, side)
     answers, reasons = ([list(WAYS)[k] for k in generator.permutation(4)] for _ in range(2))
     meta = {"boxes": [[*thing.box, 1.0] for thing in scene.objects],
             "segms": [[[list(point) for point in thing.polygon]] for thing in scene.objects]}  # fmt: skip
-    name = f"vcr/{i:06d}.json"
-    (folder / name).write_text(json.dumps(meta) + "\n")
-    image = save(render(scene), folder, f"images/vcr-{i:06d}.png")
-    return {"id": f"vcr-{i}", "image": image, "meta_dir": f"./dataset/{name}",
-            "class_names": ["object"] * len(scene.objects), "question": ["Where is", [a], ", seen from", [b], "?"],
-            "answer_choices": [[[a], f"is {answer}", [b], "."] for answer in answers],
-            "answer_label": answers.index(way),
-            "rationale_choices": [[[a], WAYS[reason], [b], "."] for reason in reasons],
-            "rationale_label": reasons.index(way)}  # fmt: skip
+    return Made(scene, [{
+        "class_names": ["object"] * len(scene.objects), "question": ["Where is", [a], ", seen from", [b], "?"],
+        "answer_choices": [[[a], f"is {answer}", [b], "."] for answer in answers],
+        "answer_label": answers.index(way),
+        "rationale_choices": [[[a], WAYS[reason], [b], "."] for reason in reasons],
+        "rationale_label": reasons.index(way), "meta": meta,
+    }])  # fmt: skip
 
 
-def refcocog(folder: Path, i: int, generator: np.random.Generator, side: int) -> list[dict]:
+def refcocog(generator: np.random.Generator, side: int) -> Made:
     """One or two records, as a region may have several phrases."""
     scene = sample_scene(generator, (side, side))
     thing = scene.objects[generator.integers(len(scene.objects))]
-    image = save(render(scene), folder, f"images/refcocog-{i:06d}.png")
-    phrases = [describe(thing), f"the {thing.color} {thing.shape} at the {position(scene, thing)}"][: 1 + i % 2]
-    record = {"id": f"refcocog-{i}", "image": image, "bboxes": [thing.box], "segmentations": [[flat(thing)]]}
-    return [{**record, "answer": text} for text in phrases]
+    phrases = [describe(thing), f"the {thing.color} {thing.shape} at the {position(scene, thing)}"]
+    region = {"bboxes": [list(thing.box)], "segmentations": [[flat(thing)]]}
+    return Made(scene, [{**region, "answer": text} for text in phrases[: 1 + generator.integers(2)]])
+
+
+def vg_rel(generator: np.random.Generator, side: int) -> Made:
+    scene, a, b, way = _clear_pair(generator, side)
+    subject, thing = scene.objects[a], scene.objects[b]
+    answer = f"({look_of(subject)}, {way}, {look_of(thing)})"
+    return Made(scene, [{"bboxes": [list(subject.box), list(thing.box)], "answer": answer}])
+
+
+def flickr30k(generator: np.random.Generator, side: int) -> Made:
+    """A caption whose objects are marked: in it, <bbox0> stands behind the words that group 0 of the boxes shows."""
+    scene = sample_scene(generator, (side, side), n=int(generator.integers(2, 5)))
+    things = sorted(scene.objects, key=lambda thing: thing.center)
+    told = ", ".join(f"{describe(thing)} <bbox{k}>" for k, thing in enumerate(things))
+    return Made(scene, [{"bbox": [[list(thing.box)] for thing in things], "grounding": f"from left to right {told}"}])
 
 
 # -- ViP-Bench -------------------------------------------------------------------------------------------------------
 
 
-def name_of(thing: Object) -> str:
-    return f"{thing.color} {thing.shape}"
-
-
-def write_on(image: Image.Image, thing: Object, text: str) -> None:
-    """Text in the middle of an object, in black or white, whichever is farther from its color."""
-    bright = sum(thing.rgb) > 3 * 128
-    font = ImageFont.load_default(size=round((thing.box[2] - thing.box[0]) / 2))
-    ImageDraw.Draw(image).text(thing.center, text, fill="black" if bright else "white", font=font, anchor="mm")
-
-
 def _recognise(generator, scene, image, things):
-    return "What is the object <obj>?", name_of(things[0])
+    return "What is the object <obj>?", look_of(things[0])
 
 
 def _read_letter(generator, scene, image, things):
@@ -144,7 +165,7 @@ def _relate(generator, scene, image, things):
 
 
 def _tell(generator, scene, image, things):
-    return "What is the object <obj>? Describe the image, too.", "<AND>".join(name_of(thing) for thing in scene.objects)
+    return "What is the object <obj>? Describe the image, too.", "<AND>".join(look_of(thing) for thing in scene.objects)
 
 
 TASKS = (  # what is asked, how many things are marked, of which shapes, and the capabilities that it takes
@@ -164,7 +185,7 @@ def vip_bench(folder: Path, n: int, split: str, seed: int, side: int) -> None:
         (folder / name).mkdir(parents=True)
     for i in range(n):
         write_task, count, shapes, capabilities = TASKS[i % len(TASKS)]
-        generator = generator_for(split, seed, i, 5)
+        generator = generator_for(split, seed, i, len(KINDS) + 1)
         scene, marked = _marked(generator, count, shapes, side)
         things = next(iter(marked.values()))[0]
         image, source, name = render(scene), f"v1_{i}.png", f"v1_{i}_0.png"
@@ -204,12 +225,23 @@ def _marked(generator, count, shapes, side) -> tuple[Scene, dict]:
 # -- command ---------------------------------------------------------------------------------------------------------
 
 
-def save(image: Image.Image, folder: Path, name: str) -> str:
-    image.save(folder / name)
-    return name
+# official kind -> how one is made, and the official name of the file that is tested on
+KINDS = {
+    "v7w": (visual7w, "v7w-test"),
+    "pointQA_twice": (point_qa, "pointQA_twice_test"),
+    "vcr": (vcr, "vcr-val"),
+    "refcocog": (refcocog, "refcocog-val"),
+    "vg_rel": (vg_rel, "vg_rel-test"),
+    "flickr30k": (flickr30k, "flickr30k-test"),
+}
 
 
-FILES = {"v7w-test": visual7w, "pointQA_twice_test": point_qa, "vcr-val": vcr, "refcocog-val": refcocog}
+def sample(kind: str, generator: np.random.Generator, size: tuple[int, int]) -> Sample:
+    """One of a kind for training, read as its record would be, but nothing touches the disk."""
+    made = KINDS[kind][0](generator, size[0])
+    record = made.named(kind, 0, "")[0]
+    markers, turns = annotate(record, Path(), generator, made.scene.size)
+    return Sample(partial(render, made.scene), markers, turns)
 
 
 def file_name(official: str, split: str) -> str:
@@ -218,14 +250,21 @@ def file_name(official: str, split: str) -> str:
 
 
 def write(out: str | Path, n: int, seed: int = 0, side: int = 224, split: str = "test") -> None:
-    """n records of each benchmark into a new or empty folder; all or nothing."""
+    """n pictures of each kind, and the records about them, into a new or empty folder; all or nothing."""
     with scenes.staged(out, n, side) as folder:
         (folder / "vcr").mkdir()
-        for number, (name, make) in enumerate(FILES.items(), 1):
-            made = [make(folder, i, generator_for(split, seed, i, number), side) for i in range(n)]
-            records = [record for one in made for record in (one if isinstance(one, list) else [one])]
+        for number, (kind, (make, official)) in enumerate(KINDS.items(), 1):
+            records = []
+            for i in range(n):
+                made, image = make(generator_for(split, seed, i, number), side), f"images/{kind}-{i:06d}.png"
+                render(made.scene).save(folder / image)
+                for record in made.named(kind, i, image):
+                    if "meta" in record:
+                        record["meta_dir"] = f"./dataset/vcr/{i:06d}.json"
+                        (folder / f"vcr/{i:06d}.json").write_text(json.dumps(record.pop("meta")) + "\n")
+                    records.append(record)
             text = ",\n ".join(map(json.dumps, records))  # one a line
-            (folder / f"{file_name(name, split)}.json").write_text(f"[{text}]\n")
+            (folder / f"{file_name(official, split)}.json").write_text(f"[{text}]\n")
         vip_bench(folder / "ViP-Bench", n, split, seed, side)
 
 

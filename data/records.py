@@ -334,19 +334,26 @@ def vcr_choices(record: dict, key: str) -> tuple[list, int]:
 
 
 def vcr_regions(record: dict, images: Path, texts: list[list]) -> tuple[list[int], list[list[Region]]]:
-    """The numbers of the objects that the texts speak of, and the region of each, from the file "meta_dir"."""
-    names, meta = field(record, "class_names", list), inside(images, field(record, "meta_dir", str), "meta_dir")
-    try:
-        meta = json.loads(meta.read_text(encoding="utf-8"))
-        boxes, masks = field(meta, "boxes", list), field(meta, "segms", list)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"meta_dir {record['meta_dir']} can't be read: {error}") from None
+    """The numbers of the objects that the texts speak of, and the region of each, from the file "meta_dir", or from
+    "meta", its content."""
+    names = field(record, "class_names", list)
+    meta = record.get("meta") or _vcr_meta(inside(images, field(record, "meta_dir", str), "meta_dir"))
+    boxes, masks = field(meta, "boxes", list), field(meta, "segms", list)
     things = sorted({i for text in texts for part in text if isinstance(part, list) for i in part})
     here = min(len(names), len(boxes), len(masks))
     if things and not all(type(i) is int and 0 <= i < here for i in things):
         raise ValueError(f"objects {things} are mentioned; expected whole numbers below {here}, which are there")
     polygons = [[np.ravel(p).tolist() for p in masks[i] if len(p) >= 4] for i in things]
     return things, [[Region(box=boxes[i][:4], polygons=p)] for i, p in zip(things, polygons)]
+
+
+def _vcr_meta(path: Path) -> dict:
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        field(meta, "boxes", list), field(meta, "segms", list)
+        return meta
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"meta_dir {path} can't be read: {error}") from None
 
 
 def vcr_words(names: list[str], things: list[int], words: list[str]) -> dict[int, str]:
