@@ -25,6 +25,7 @@ import os
 import signal
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,16 +101,29 @@ class Recipe:
             raise ValueError(f"warmup is {self.warmup}; expected a part of the steps, 0 to 1")
 
 
-RECIPES = {
-    "tiny-clip": Recipe(train="contrast", batch=128, steps=4000, lr=1e-3, weight_decay=0.05),
-    "tiny-captions": Recipe("captions", steps=5000),
-    "tiny-markers": Recipe("markers=2,bold-markers=3,marked=2,bold-marked=2", steps=20_000),
-    # the paper's
-    "stage1": Recipe(train="projector", batch=256, lr=1e-3, template="plain"),
-    "stage2": Recipe(train="language", batch=128, lr=2e-5),
-    "stage3": Recipe(train="language", batch=128, lr=2e-7),
-    "lora": Recipe(train="lora", batch=128, lr=2e-4, projector_lr=2e-5),
-}
+RECIPES = {path.stem: path for path in sorted((Path(__file__).resolve().parent / "recipes").glob("*.toml"))}
+
+
+def read_recipe(name: str) -> Recipe:
+    """One of RECIPES, or a .toml file with some of Recipe's fields. ValueError: there is none, or a field is wrong."""
+    path = RECIPES.get(name, Path(name))
+    if path.suffix != ".toml" or not path.is_file():
+        raise ValueError(f"no recipe {name}; expected one of {', '.join(RECIPES)}, or a .toml file")
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} can't be read as TOML: {error}") from None
+    types = {field.name: field.type for field in dataclasses.fields(Recipe)}
+    for key, value in given.items():
+        kind = types.get(key)
+        if kind is None:
+            raise ValueError(f"{path}: there is no field {key!r}; expected some of {', '.join(types)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+            raise ValueError(f"{path}: {key} is {value!r}; expected {KIND_NAMES[kind]}")
+    return Recipe(**given)
+
+
+KIND_NAMES = {str: "a text", int: "a whole number", float: "a number"}
 TINY = ViPLLaVAConfig(
     vision=VisionConfig(image_size=112, patch_size=14, width=128, layers=7, heads=4, mlp=512),
     text=llama.SIZES["tiny"],
@@ -378,16 +392,18 @@ def tiny_model(recipe: Recipe, clip: str | None = None) -> tuple[ViPLLaVA, Token
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description="Train a ViP-LLaVA.")
-    parser.add_argument("recipe", choices=RECIPES, help="what to train; flags override its fields")
+    what = f"what to train: {', '.join(RECIPES)}, or a .toml file such as those in recipes/; flags override its fields"
+    parser.add_argument("recipe", help=what)
     parser.add_argument("--out", type=Path, required=True, help="the run's folder; a run that is in it is continued")
     parser.add_argument("--model", help="start from these weights (a name or folder); without it, a small random model")
     parser.add_argument("--clip", help="a small random model gets the image tower of the CLIP in this folder")
     parser.add_argument("--images", type=Path, default=Path("."), help="the folder that the records' images lie in (here)")
     parser.add_argument("--valid", type=Path, help="a file of records to measure exact answers on")
+    recipes = {name: read_recipe(name) for name in RECIPES}
     for field in dataclasses.fields(Recipe):
-        recipes = ", ".join(f"{name} {getattr(recipe, field.name) or '-'}" for name, recipe in RECIPES.items())
+        values = ", ".join(f"{name} {getattr(recipe, field.name) or '-'}" for name, recipe in recipes.items())
         flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=field.type, default=argparse.SUPPRESS, metavar="…", help=recipes)
+        parser.add_argument(flag, type=field.type, default=argparse.SUPPRESS, metavar="…", help=values)
     parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="of several processes (ddp)")
@@ -442,7 +458,7 @@ def find_source(recipe: Recipe, images: Path):
 def main(argv: list[str]) -> None:
     args = arguments(argv)
     fields = [field.name for field in dataclasses.fields(Recipe)]
-    recipe = dataclasses.replace(RECIPES[args.recipe], **{n: getattr(args, n) for n in fields if hasattr(args, n)})
+    recipe = dataclasses.replace(read_recipe(args.recipe), **{n: getattr(args, n) for n in fields if hasattr(args, n)})
     checkpoint.check_target(args.out)
     if recipe.train == "lora" and not args.model:
         raise ValueError("an adapter has no base; expected --model")

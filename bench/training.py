@@ -35,7 +35,7 @@ from clip import VisionConfig
 from commandline import Parser, check_device, run
 from parallel import Objective
 from tokenizer import Tokenizer
-from train import RECIPES, TINY, TRAINED, Recipe, flops_per_token, freeze, parameter_groups
+from train import TINY, TRAINED, Recipe, flops_per_token, freeze, parameter_groups, read_recipe
 from vipllava import ViPLLaVA, ViPLLaVAConfig
 
 SIZES = {
@@ -61,7 +61,7 @@ def config_of(args: argparse.Namespace) -> ViPLLaVAConfig:
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
-    return replace(RECIPES["lora"], train=args.train, rank=args.rank, alpha=2.0 * args.rank, lr=1e-4, projector_lr=0.0)
+    return replace(read_recipe("lora"), train=args.train, rank=args.rank, alpha=2.0 * args.rank, lr=1e-4, projector_lr=0.0)
 
 
 def write_weights(args: argparse.Namespace, folder: str) -> None:
@@ -231,7 +231,7 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m bench.training", description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--train", choices=TRAINED, default="language", help="what is trained (language)")
+    parser.add_argument("--train", choices=[kind for kind in TRAINED if kind != "contrast"], default="language", help="what is trained (language)")
     parser.add_argument("--rank", type=int, default=128, help="of LoRA (128)")
     parser.add_argument("--batch", type=int, default=16, help="samples a step (16)")
     parser.add_argument("--tokens", type=int, default=128, help="words after the image (128)")

@@ -19,6 +19,7 @@ import train
 from chat import Turn
 from clip import VisionConfig
 from commandline import run
+from conftest import one_line
 from data import scenes
 from data.batches import Examples, SceneSource, collate, encode
 from evals.scenes import answer
@@ -411,6 +412,32 @@ def test_bad_records_stop_or_are_listed(base, mine, tmp_path):
     assert "mine-5: image none.png" in (tmp_path / "run" / "bad-0.txt").read_text()
     with pytest.raises(ValueError, match="tokens; expected at most 20"):
         main([*argv[:-1], str(tmp_path / "other"), "--length", "20", "--data", str(mine / "good.json")])
+
+
+def test_recipes_are_the_paper_s():
+    """Guards against a changed hyperparameter: learning rates and batches are those of the paper's appendix."""
+    said = {name: (r.train, r.lr, r.batch) for name, r in ((name, train.read_recipe(name)) for name in train.RECIPES)}
+    assert said["stage1"] == ("projector", 1e-3, 256) and said["stage2"] == ("language", 2e-5, 128)
+    assert said["stage3"] == ("language", 2e-7, 128) and said["lora"] == ("lora", 2e-4, 128)
+    lora_recipe = train.read_recipe("lora")
+    assert (lora_recipe.rank, lora_recipe.alpha, lora_recipe.projector_lr, lora_recipe.epochs) == (128, 256, 2e-5, 1)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("lr = 0.1\nsteps = 3", None), ("alpha = 3", None), ("stepz = 3", "there is no field 'stepz'; expected some of data"),
+    ("steps = 1.5", "steps is 1.5; expected a whole number"), ("lr = true", "lr is True; expected a number"),
+    ("data = 3", "data is 3; expected a text"), ("lr = ", "can't be read as TOML"), ("batch = 0", "batch is 0"),
+])  # fmt: skip
+def test_a_recipe_of_one_s_own(text, words, tmp_path):
+    """Guards against fields that are passed over, and values that another type is made of."""
+    (tmp_path / "mine.toml").write_text(text)
+    if words is None:
+        recipe = train.read_recipe(str(tmp_path / "mine.toml"))
+        assert (recipe.lr, recipe.steps, recipe.alpha) == ((0.1, 3, 256.0) if "lr" in text else (1e-3, 0, 3))
+        return
+    with pytest.raises(ValueError) as error:
+        train.read_recipe(str(tmp_path / "mine.toml"))
+    assert words in one_line(error)
 
 
 @pytest.mark.parametrize("flags, words", [
