@@ -1,0 +1,185 @@
+"""What a linear layer can read off each depth of a frozen CLIP: where geometry fades, and where meaning comes.
+
+    python -m evals.probes --model tiny                  the image tower of a ViP-LLaVA
+    python -m evals.probes --clip runs/clip -n 8000      of a CLIP
+
+Scenes with one marker each. Probes are logistic regressions, trained on one part of the scenes and tested on the
+other; a table gives the tested accuracy in percent for every depth, beside the chance of naming the commonest answer.
+
+    kind            which of the eight markers         \
+    direction       where an arrow points to, of eight  | from the patch in the marker's middle, and the patches' mean
+    color, shape    of the object that is marked       /
+    position        which patch, or one beside it, the marker's middle lies in: one linear score for each patch, softmax
+
+To name the object takes more than to see it: which of two to six objects is meant has to be in the features.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import checkpoint
+from clip import CLIPVision, VisionConfig, preprocess
+from commandline import Parser, check_device, run
+from data.scenes import OBJECT_COLORS, SHAPES, NoMarkerError, generator_for, render, sample_markers, sample_scene
+from evals.benchmark import interval, replace_file
+from overlay import KINDS, Marker, draw
+
+QUESTIONS = ("kind", "direction", "color", "shape")
+PLACED = 1000  # scenes whose patches are kept, to ask for the position
+
+
+# -- what is seen, and what is true ----------------------------------------------------------------------------------
+
+
+def middle(marker: Marker, size: tuple[int, int]) -> tuple[float, float]:
+    """Of what is drawn: the mean of the pixels that it changes on a blank image."""
+    blank = Image.new("RGB", size, "black" if sum(marker.color) > 384 else "white")
+    y, x = np.nonzero(np.any(np.asarray(draw(blank, [marker])) != np.asarray(blank), axis=2))
+    return float(x.mean()), float(y.mean())
+
+
+def marked_scene(i: int, split: str, seed: int, side: int):
+    """A marked image, and the number of the right answer to each question; direction: only if it is an arrow."""
+    generator, kind = generator_for(split, seed, i), KINDS[i % len(KINDS)]
+    while True:
+        scene = sample_scene(generator, (side, side))
+        try:
+            (thing,), (marker,) = sample_markers(generator, scene, 1, (kind,))
+            break
+        except NoMarkerError:
+            continue
+    x, y = middle(marker, scene.size)
+    truth = {"kind": KINDS.index(kind), "place": (x / side, y / side),
+             "color": list(OBJECT_COLORS).index(thing.color), "shape": list(SHAPES).index(thing.shape)}  # fmt: skip
+    if kind == "arrow":
+        (x0, y0), (x1, y1) = marker.points[0], marker.points[-1]  # from its tail to its tip
+        truth["direction"] = round(math.atan2(y1 - y0, x1 - x0) / (math.pi / 4)) % 8
+    return draw(render(scene), [marker]), truth
+
+
+@torch.no_grad()
+def look(tower: CLIPVision, numbers: Sequence[int], split: str, seed: int, side: int, batch: int = 64):
+    """Of every depth: pooled features (L + 1, n, 2C), and patches of the first scenes (L + 1, m, N, C); for each
+    question the answers (n,), -1 where there is none, and the number of the patch (m,) with the marker's middle."""
+    device, S = tower.class_embedding.device, tower.config.image_size
+    grid = S // tower.config.patch_size
+    pooled, patches, truths, places = [], [], [], []
+    layers = tuple(range(tower.config.layers + 1))
+    for first in range(0, len(numbers), batch):
+        images, answers = zip(*(marked_scene(i, split, seed, side) for i in numbers[first : first + batch]))
+        pixels = torch.stack([preprocess(image, S) for image in images]).to(device, tower.class_embedding.dtype)
+        states = torch.stack(tower.hidden_states(pixels, layers)).float()  # (L + 1, B, 1 + N, C)
+        states = states[:, :, 1:].cpu()  # a language model never sees the class token
+        here = [int(grid * y) * grid + int(grid * x) for x, y in (truth["place"] for truth in answers)]
+        pooled.append(torch.cat([states[:, range(len(here)), here], states.mean(dim=2)], dim=-1))
+        if first < PLACED:
+            patches.append(states.half())
+        truths, places = truths + list(answers), places + here
+    answers = {name: torch.tensor([truth.get(name, -1) for truth in truths]) for name in QUESTIONS}
+    patches = torch.cat(patches, dim=1)
+    return torch.cat(pooled, dim=1), patches, answers, torch.tensor(places[: patches.size(1)])
+
+
+# -- probes ----------------------------------------------------------------------------------------------------------
+
+
+def _minimise(loss: Callable[[], torch.Tensor], parameters: list[torch.Tensor]) -> None:
+    optimizer = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+
+
+def probe(x: torch.Tensor, y: torch.Tensor, test_x: torch.Tensor, test_y: torch.Tensor, decay: float = 1e-3) -> int:
+    """How many of test_y (m,) a logistic regression gets right that learned y (n,) from x (n, D)."""
+    mean, std = x.mean(dim=0), x.std(dim=0) + 1e-6
+    x, test_x = (x - mean) / std, (test_x - mean) / std
+    weight = torch.zeros(int(y.max()) + 1, x.size(1), requires_grad=True)
+    bias = torch.zeros(len(weight), requires_grad=True)
+    _minimise(lambda: F.cross_entropy(F.linear(x, weight, bias), y) + decay * weight.square().sum(), [weight, bias])
+    return int((F.linear(test_x, weight, bias).argmax(dim=1) == test_y).sum())
+
+
+def beside(a: torch.Tensor, b: torch.Tensor, config: VisionConfig) -> torch.Tensor:
+    """Are the patches a (N,) and b (m,) the same, or neighbours? (N, m)"""
+    grid = config.image_size // config.patch_size
+    rows, columns = (a[:, None] // grid - b // grid).abs(), (a[:, None] % grid - b % grid).abs()
+    return (rows <= 1) & (columns <= 1)
+
+
+def place(x: torch.Tensor, y: torch.Tensor, test_x: torch.Tensor, test_y: torch.Tensor, config: VisionConfig) -> int:
+    """How many of test_y (m,), numbers of patches, or patches beside them, the best linear score of a patch finds that
+    learned y (n,) from x (n, N, C)."""
+    x, test_x = x.float(), test_x.float()
+    mean, std = x.mean(dim=(0, 1)), x.std(dim=(0, 1)) + 1e-6
+    x, test_x = (x - mean) / std, (test_x - mean) / std
+    weight = torch.zeros(x.size(2), requires_grad=True)
+    _minimise(lambda: F.cross_entropy(x @ weight, y) + 1e-3 * weight.square().sum(), [weight])
+    found = (test_x @ weight).argmax(dim=1)
+    return int(beside(found, test_y, config).diagonal().sum())
+
+
+def table(tower: CLIPVision, n: int, seed: int, side: int) -> dict[str, dict]:
+    """Question -> accuracy at each depth, its 95 % intervals, and chance, in percent; tested on n // 2 scenes."""
+    x, patches, y, places = look(tower, range(n), "val", seed, side)
+    test_x, test_patches, test_y, test_places = look(tower, range(n // 2), "test", seed, side)
+    results = {}
+    for name in QUESTIONS:
+        here, there = y[name] >= 0, test_y[name] >= 0
+        m, commonest = int(there.sum()), y[name][here].mode().values
+        counts = [probe(x[k, here], y[name][here], test_x[k, there], test_y[name][there]) for k in range(len(x))]
+        results[name] = _row(counts, int((test_y[name][there] == commonest).sum()), m)
+    near = beside(torch.arange(tower.config.patches), test_places, tower.config)  # (N, m)
+    counts = [place(patches[k], places, test_patches[k], test_places, tower.config) for k in range(len(x))]
+    results["position"] = _row(counts, int(near.sum(dim=1).max()), len(test_places))
+    return results
+
+
+def _row(counts: Sequence[int], chance: int, n: int) -> dict:
+    percent = [[round(100 * value, 2) for value in (count / n, *interval(count, n))] for count in counts]
+    return {"accuracy": [said[0] for said in percent], "interval": [said[1:] for said in percent],
+            "chance": round(100 * chance / n, 2), "n": n}  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="python -m evals.probes", description="What each depth of CLIP knows about markers.")
+    parser.add_argument("--model", default="tiny", help="whose image tower is probed: a name or folder (tiny)")
+    parser.add_argument("--clip", help="instead, a CLIP: a name or folder")
+    parser.add_argument("-n", type=int, default=4000, help="scenes to learn from; half as many to test on (4000)")
+    parser.add_argument("--seed", type=int, default=0, help="0 or more (0)")
+    parser.add_argument("--side", type=int, default=224, help="of a scene, in pixels (224)")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
+    parser.add_argument("--out", type=Path, help="write the table as JSON, too")
+    args = parser.parse_args(argv)
+    for flag, low in (("n", 128), ("seed", 0), ("side", 32)):
+        if getattr(args, flag) < low:
+            raise ValueError(f"{flag} is {getattr(args, flag)}; expected {low} or more")
+    device = check_device(args.device)
+    if args.clip:
+        tower = checkpoint.load_clip(args.clip, device, torch.float32)[0].vision_model
+    else:
+        tower = checkpoint.load(args.model, device, torch.float32)[0].vision
+    results = table(tower, args.n, args.seed, args.side)
+    print(f"{'depth':10}" + "".join(f"{depth:>6}" for depth in range(tower.config.layers + 1)) + "  chance")
+    for name, said in results.items():
+        cells = "".join(f"{value:6.1f}" for value in said["accuracy"])
+        print(f"{name:10}{cells}  {said['chance']:6.1f}   (of {said['n']})")
+    if args.out:
+        replace_file(args.out, json.dumps({"of": args.clip or args.model, **results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
