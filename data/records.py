@@ -472,7 +472,7 @@ class BadRecord(ValueError):
 
 
 def bad_record(file: JSONFile, k: int, record, error: Exception) -> BadRecord:
-    name = record.get("id", "without id") if isinstance(record, dict) else "without id"
+    name = record.get("id", record.get("question_id", "without id")) if isinstance(record, dict) else "without id"
     reason = str(error) if isinstance(error, ValueError) else f"malformed ({type(error).__name__}: {error})"
     return BadRecord(file.path, file.line(k), name, reason)
 

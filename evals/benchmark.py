@@ -316,8 +316,8 @@ def right(line: dict, clean: Callable[[str], str] = str) -> bool:
 def report(title: str, args, lines: Sequence[dict], table: dict[str, dict], published: dict[str, str],
            name="results") -> None:  # fmt: skip
     """Print the table and what was bad; write OUT/NAME.json, which holds no times: twice the same."""
-    bad = [line for line in lines if "error" in line["metadata"]]
-    for line in bad:
+    bad = {line["metadata"]["record"]: line for line in lines if "error" in line["metadata"]}
+    for line in bad.values():
         about = line["metadata"]
         print(f"{args.data}, line {about['line']}, {line['question_id']}: {about['error']}")
     seconds = time.perf_counter() - args.began
@@ -328,7 +328,7 @@ def report(title: str, args, lines: Sequence[dict], table: dict[str, dict], publ
     for label, number in published.items():
         print(f"{'published, ' + label:24} {number}")
     results = {"benchmark": title, "model": args.model, "rows": table, "published": published,
-               "bad": [line["question_id"] for line in bad]}  # fmt: skip
+               "bad": [line["question_id"] for line in bad.values()]}  # fmt: skip
     replace_file(args.out / f"{name}.json", json.dumps(results, indent=1) + "\n")
 
 

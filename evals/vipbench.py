@@ -100,15 +100,15 @@ def table(truths: dict[str, dict], grades: dict[str, float]) -> dict[str, dict]:
 
 
 def judged(judge: Judge, questions: dict, truths: dict, answers: dict, runs: int, threads: int) -> list[dict]:
-    """The grades of every run. ValueError, ConnectionError: some are missing; those that are there are kept."""
+    """The grades of every run. No answer is wrong, and nobody is asked about it. ValueError, ConnectionError: some grades
+    are missing; those that are there are kept."""
     tasks = [(name, number) for number in range(runs) for name in truths]
-
     over = threading.Event()  # one has failed for good, or Ctrl-C: the others need not be tried
 
     def one(task):
-        if over.is_set():
-            return None
         name, number = task
+        if over.is_set() or not answers[name]:
+            return 0.0
         try:
             return judge.grade(questions[name], truths[name]["answer"], answers[name], number)
         except NoGrade as error:
@@ -160,7 +160,7 @@ def main(argv: list[str]) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     else:
         lines = ask(Benchmark("answers", partial(read, truths), tags, max_new_tokens=1024), args)
-        answers = {name: "" for name in truths} | {f"v1_{line['question_id']}": line["text"] for line in lines}
+        answers = dict.fromkeys(truths, "") | {name: line["text"] for name, line in zip(questions, lines)}
         replace_file(args.out / f"{args.split}.json", json.dumps(answers, indent=1) + "\n")
     offline = {name: matches(answers[name], truth["answer"]) for name, truth in truths.items()}
     report(f"ViP-Bench {args.split}, by match (not GPT-4)", args, lines, table(truths, offline), {})

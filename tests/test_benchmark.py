@@ -216,6 +216,18 @@ def test_vcr_counts_both_on_the_same_record(world, tmp_path, monkeypatch):
     assert all('" The answer is "' in sample.turns[0].question for sample in asked[N:])
 
 
+def test_a_bad_record_of_vcr_is_listed_once(world, tmp_path, monkeypatch, capsys):
+    """Guards against two bad records for one: it is asked about twice, and wrong both times."""
+    shutil.copytree(world, tmp_path / "world")
+    (tmp_path / "world/images/vcr-000003.png").unlink()
+    respond(monkeypatch, lambda sample: sample.turns[0].answer)
+    assert evaluate("vcr", tmp_path / "world", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert "1 bad records" in out and out.count("vcr-3: ") == 1
+    table = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    assert [table[name]["score"] for name in ("Q->A", "QA->R", "Q->AR")] == [90, 90, 90]
+
+
 def test_vcr_squeezes_and_the_others_pad(world, tmp_path, monkeypatch):
     """Guards against one way of image handling for all: the paper's VCR evaluation ignores the aspect ratio."""
     modes = {}

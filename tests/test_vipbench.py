@@ -267,3 +267,17 @@ def test_a_model_s_answers_are_what_the_evaluator_takes(tmp_path, server):
         rows = [json.loads((folder / "results.json").read_text())["rows"] for folder in (out, tmp_path / "again")]
         assert rows[0] == rows[1]
     assert answers["bbox"] != answers["human"]
+
+
+def test_a_missing_image_is_wrong_and_nobody_is_asked_about_it(tmp_path, server, capsys):
+    """Guards against keys of no question in the results, and a judge that is paid for nothing."""
+    benchmarks.write(tmp_path / "world", 6, side=112)
+    data, out = tmp_path / "world/ViP-Bench", tmp_path / "out"
+    (data / "bbox/images/v1_2_0.png").unlink()
+    flags = ["--data", str(data), "--out", str(out), "--device", "cpu", "--judge-url", server.url, "--judge-runs", "1"]
+    assert run(vipbench.main, flags) == 0
+    answers = json.loads((out / "bbox.json").read_text())
+    assert list(answers) == [f"v1_{i}" for i in range(6)] and [name for name in answers if not answers[name]] == ["v1_2"]
+    assert len(server.requests) == 5
+    assert json.loads((out / "judge-results.json").read_text())["rows"]["all"]["score"] == pytest.approx(100 * 5 / 6, abs=0.01)
+    assert "line 3, 2: image v1_2_0.png is not in" in capsys.readouterr().out
