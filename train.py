@@ -47,7 +47,7 @@ from chat import HUMAN, TEMPLATES
 from clip import VisionConfig
 from commandline import Parser, run
 from data import scenes
-from data.batches import SCENES, Examples, Micro, RecordSource, SceneSource, batches, parse_mix
+from data.batches import SCENES, Examples, Micro, RecordSource, SceneSource, batches, parse_mix, text_sample
 from data.records import Records
 from evals.benchmark import answer
 from evals.scenes import evaluate
@@ -373,10 +373,9 @@ def tiny_model(recipe: Recipe, clip: str | None = None) -> tuple[ViPLLaVA, Token
     """A random ViP-LLaVA of TINY's sizes, 2.5 M parameters, and a tokenizer that knows the words of the scenes. clip:
     a folder with the CLIP whose image tower it is to have."""
     texts = []
-    for index in range(1000):
-        for source in SCENES.values():
-            sample = source(scenes.generator_for("train", recipe.seed, index), (recipe.side,) * 2)
-            texts += [t for turn in sample.turns for t in (turn.question, turn.answer)]
+    for index in range(10_000):
+        sample = text_sample(scenes.generator_for("train", recipe.seed, index), (recipe.side,) * 2)
+        texts += [t for turn in sample.turns for t in (turn.question, turn.answer)]
     texts += [HUMAN + " USER: ", " ASSISTANT:"] * 1000
     tokenizer = Tokenizer.train(texts, 1024)
     torch.manual_seed(recipe.seed)
@@ -507,7 +506,7 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
     if args.parallel == "fsdp":  # no process has the whole model
         if args.valid:
             raise ValueError("--valid came with --parallel fsdp; expected ddp, or to measure the result afterwards")
-    elif isinstance(source, SceneSource):
+    elif isinstance(source, SceneSource) and source.names != ["texts"]:
         measure = functools.partial(held_out_scenes, tokenizer=tokenizer, recipe=recipe)
     elif args.valid:
         measure = functools.partial(held_out_records, tokenizer=tokenizer, records=Records([args.valid], args.images))

@@ -12,7 +12,7 @@ workers, nor processes, nor a stop and a start anew change what is learned from:
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,16 @@ from overlay import draw
 from tokenizer import Tokenizer
 from vipllava import IGNORE, ViPLLaVAConfig, expand, pad
 
+
+def text_sample(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
+    """What is said about some scene, without its picture: for a language model that can't speak yet."""
+    names = [name for name in SCENES if name != "texts"]
+    first, *others = SCENES[names[generator.integers(len(names))]](generator, size).turns
+    return Sample(None, (), (replace(first, image=False), *others))
+
+
 SCENES = {
+    "texts": text_sample,
     "captions": scenes.caption_sample,
     "markers": scenes.marker_sample,
     "marked": scenes.marked_caption_sample,

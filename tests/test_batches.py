@@ -150,3 +150,14 @@ def test_a_mask_of_another_size_is_a_bad_record(small, files):
     source = RecordSource([files / "small.json"], files, seed=0)
     record = Examples(source, small[1], small[0].config, None, 1000)[0]
     assert isinstance(record, BadRecord) and record.id == "small" and "30 x 20 pixels, the image 60 x 40" in str(record)
+
+
+def test_texts_are_what_is_said_without_the_picture(tmp_path):
+    """Guards against a picture that is shown to a language model that is to learn words, and against one kind of text."""
+    source = SceneSource("texts", 0, 64)
+    samples = [source.sample(j) for j in range(120)]
+    assert all(sample.image is None and not sample.markers and not sample.turns[0].image for sample in samples)
+    questions = [sample.turns[0].question for sample in samples]
+    for start in ("", "What is", "Which ", "How many", "Describe the object", "Please describe the relationship"):
+        assert any(question.startswith(start) and bool(question) == bool(start) for question in questions), start
+    assert samples[5].turns == source.sample(5).turns
