@@ -214,6 +214,8 @@ def test_vcr_counts_both_on_the_same_record(world, tmp_path, monkeypatch):
     assert {marker.kind for sample in asked for marker in sample.markers} == {"point"}
     assert {round(255 * marker.alpha) for sample in asked for marker in sample.markers} == {128}
     assert all('" The answer is "' in sample.turns[0].question for sample in asked[N:])
+    labels = [record[f"{key}_label"] for key in ("answer", "rationale") for record in records]
+    assert [sample.turns[0].answer for sample in asked] == ["ABCD"[label] for label in labels] and len(set(labels)) > 1
 
 
 def test_a_bad_record_of_vcr_is_listed_once(world, tmp_path, monkeypatch, capsys):
