@@ -44,7 +44,8 @@ SCENES = {
     "bold-markers": functools.partial(scenes.marker_sample, distribution=scenes.BOLD),
     "bold-marked": functools.partial(scenes.marked_caption_sample, distribution=scenes.BOLD),
     # what the official data sets ask: v7w, pointQA_twice, vcr, refcocog, vg_rel, flickr30k
-    **{kind: functools.partial(benchmarks.sample, kind) for kind in benchmarks.KINDS},
+    **{kind: functools.partial(benchmarks.sample, kind) for kind in (*benchmarks.KINDS, "vcr-choice")},
+    "vip-bench": benchmarks.vip_sample,
 }
 POOL = 8  # batches
 

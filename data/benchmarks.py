@@ -20,21 +20,23 @@ A record's scene is a function of (split, seed, its number, the benchmark), and 
 import json
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from chat import Turn
 from commandline import Parser, run
 from data import scenes
 from data.records import Sample, annotate
-from data.scenes import (SPLITS, Scene, describe, flat, is_clear, look_of, position, relation, render, sample_scene,
-                         write_on)  # fmt: skip
+from data.scenes import (DIGITS, LETTERED, LETTERS, SPLITS, Object, Scene, describe, flat, is_clear, look_of, position,
+                         relation, render, sample_scene)  # fmt: skip
+from overlay import KINDS as MARKERS
 from overlay import draw, phrase
 
 CORNERS = {"square": 4, "bar": 4, "hourglass": 6, "bolt": 6, "star": 10, "cross": 12}
-LETTERED = ("circle", "square", "heart")  # shapes with room for a letter
 
 
 def generator_for(split: str, seed: int, i: int, benchmark: int) -> np.random.Generator:
@@ -56,7 +58,7 @@ class Made:
 
 
 def visual7w(generator: np.random.Generator, side: int) -> Made:
-    scene = sample_scene(generator, (side, side), n=int(generator.integers(4, 7)))
+    scene = sample_scene(generator, (side, side), n=int(generator.integers(4, 7)), rich=True)
     things = [scene.objects[k] for k in generator.permutation(len(scene.objects))[:4]]
     wanted = things[generator.integers(4)]
     asked = [f"Which is the {wanted.color} {wanted.shape}?", f"Which object is at the {position(scene, wanted)}?"]
@@ -69,7 +71,7 @@ def visual7w(generator: np.random.Generator, side: int) -> Made:
 
 def point_qa(generator: np.random.Generator, side: int) -> Made:
     shapes = generator.permutation(list(scenes.SHAPES))[:2].tolist()
-    scene = sample_scene(generator, (side, side), n=int(generator.integers(2, 8)), shapes=shapes)
+    scene = sample_scene(generator, (side, side), n=int(generator.integers(2, 8)), shapes=shapes, rich=True)
     thing = scene.objects[generator.integers(len(scene.objects))]
     count = sum(other.shape == thing.shape for other in scene.objects)
     question = "How many objects of this shape are there?"
@@ -87,7 +89,7 @@ WAYS = {  # the answer, and its reason
 def _clear_pair(generator: np.random.Generator, side: int) -> tuple[Scene, int, int, str]:
     """A scene, two of its objects by their numbers, and how the first lies to the second."""
     while True:
-        scene = sample_scene(generator, (side, side))
+        scene = sample_scene(generator, (side, side), rich=True)
         pairs = [(a, b) for a, one in enumerate(scene.objects) for b, other in enumerate(scene.objects)
                  if a != b and is_clear(one, other)]  # fmt: skip
         if pairs:
@@ -113,7 +115,7 @@ def vcr(generator: np.random.Generator, side: int) -> Made:
 
 def refcocog(generator: np.random.Generator, side: int) -> Made:
     """One or two records, as a region may have several phrases."""
-    scene = sample_scene(generator, (side, side))
+    scene = sample_scene(generator, (side, side), rich=True)
     thing = scene.objects[generator.integers(len(scene.objects))]
     phrases = [describe(thing), f"the {thing.color} {thing.shape} at the {position(scene, thing)}"]
     region = {"bboxes": [list(thing.box)], "segmentations": [[flat(thing)]]}
@@ -129,7 +131,7 @@ def vg_rel(generator: np.random.Generator, side: int) -> Made:
 
 def flickr30k(generator: np.random.Generator, side: int) -> Made:
     """A caption whose objects are marked: in it, <bbox0> stands behind the words that group 0 of the boxes shows."""
-    scene = sample_scene(generator, (side, side), n=int(generator.integers(2, 5)))
+    scene = sample_scene(generator, (side, side), n=int(generator.integers(2, 5)), rich=True)
     things = sorted(scene.objects, key=lambda thing: thing.center)
     told = ", ".join(f"{describe(thing)} <bbox{k}>" for k, thing in enumerate(things))
     return Made(scene, [{"bbox": [[list(thing.box)] for thing in things], "grounding": f"from left to right {told}"}])
@@ -138,37 +140,46 @@ def flickr30k(generator: np.random.Generator, side: int) -> Made:
 # -- ViP-Bench -------------------------------------------------------------------------------------------------------
 
 
-def _recognise(generator, scene, image, things):
-    return "What is the object <obj>?", look_of(things[0])
+# (generator, scene, the things that are marked) -> the scene as it is to be, a question, and its truth
 
 
-def _read_letter(generator, scene, image, things):
-    letter = "ABCDEFGHKLMNPRSTUVXYZ"[generator.integers(21)]
-    write_on(image, things[0], letter)
-    return "What letter is on the object <obj>?", letter
+def _recognise(generator, scene, things):
+    return scene, "What is the object <obj>?", look_of(things[0])
 
 
-def _count_corners(generator, scene, image, things):
-    return "How many corners does the object <obj> have?", str(CORNERS[things[0].shape])
+def _read_letter(generator, scene, things):
+    letter = LETTERS[generator.integers(len(LETTERS))]
+    return bearing(scene, {things[0]: letter}), "What letter is on the object <obj>?", letter
 
 
-def _add(generator, scene, image, things):
-    digits = generator.integers(1, 10, size=2).tolist()
-    for thing, digit in zip(things, digits):
-        write_on(image, thing, str(digit))
-    return "What is the sum of the numbers on the objects <obj> and <obj1>?", str(sum(digits))
+def _count_corners(generator, scene, things):
+    return scene, "How many corners does the object <obj> have?", str(CORNERS[things[0].shape])
 
 
-def _relate(generator, scene, image, things):
+def _add(generator, scene, things):
+    digits = [DIGITS[i] for i in generator.integers(len(DIGITS), size=2)]
+    question = "What is the sum of the numbers on the objects <obj> and <obj1>?"
+    return bearing(scene, dict(zip(things, digits))), question, str(sum(map(int, digits)))
+
+
+def _relate(generator, scene, things):
     said = [relation(*pair).removeprefix("The ").rstrip(".") for pair in (things, things[::-1])]
-    return "How are the objects <obj> and <obj1> related?", "<OR>".join(said)
+    return scene, "How are the objects <obj> and <obj1> related?", "<OR>".join(said)
 
 
-def _tell(generator, scene, image, things):
-    return "What is the object <obj>? Describe the image, too.", "<AND>".join(look_of(thing) for thing in scene.objects)
+def _tell(generator, scene, things):
+    looks = (look_of(thing) for thing in scene.objects)
+    return scene, "What is the object <obj>? Describe the image, too.", "<AND>".join(looks)
 
 
-TASKS = (  # what is asked, how many things are marked, of which shapes, and the capabilities that it takes
+def bearing(scene: Scene, signs: dict[Object, str]) -> Scene:
+    """The same, but these objects are plain and bear these signs, and no other object bears any."""
+    objects = [replace(thing, text=signs.get(thing, ""), texture="plain" if thing in signs else thing.texture)
+               for thing in scene.objects]  # fmt: skip
+    return replace(scene, objects=tuple(objects))
+
+
+TASKS = (  # how it is asked, how many things are marked, of which shapes, and the capabilities that it takes
     (_recognise, 1, tuple(scenes.SHAPES), ("rec",)),
     (_read_letter, 1, LETTERED, ("ocr",)),
     (_count_corners, 1, tuple(CORNERS), ("rec", "know")),
@@ -184,12 +195,10 @@ def vip_bench(folder: Path, n: int, split: str, seed: int, side: int) -> None:
     for name in ("source_image", *(f"{split}/images" for split in MARKED_BY)):
         (folder / name).mkdir(parents=True)
     for i in range(n):
-        write_task, count, shapes, capabilities = TASKS[i % len(TASKS)]
+        capabilities = TASKS[i % len(TASKS)][-1]
         generator = generator_for(split, seed, i, len(KINDS) + 1)
-        scene, marked = _marked(generator, count, shapes, side)
-        things = next(iter(marked.values()))[0]
+        scene, things, marked, question, truth = _vip_item(generator, i % len(TASKS), side, MARKED_BY)
         image, source, name = render(scene), f"v1_{i}.png", f"v1_{i}_0.png"
-        question, truth = write_task(generator, scene, image, things)
         meta[f"v1_{i}"] = {"image_source": source, "image": name, "question": question, "answer": truth,
                            "capability": list(capabilities)}  # fmt: skip
         image.save(folder / "source_image" / source)
@@ -197,10 +206,8 @@ def vip_bench(folder: Path, n: int, split: str, seed: int, side: int) -> None:
                  for k, thing in enumerate(things)]  # fmt: skip
         said = {"shapes": boxes, "imagePath": source, "imageWidth": side, "imageHeight": side}
         (folder / "source_image" / f"v1_{i}.json").write_text(json.dumps(said) + "\n")
-        for by, (_, markers) in marked.items():
-            text = question
-            for k, marker in enumerate(markers):
-                text = text.replace(f"<obj{k or ''}>", phrase(marker))
+        for by, markers in marked.items():
+            text = _fill_in(question, markers)
             draw(image, markers).save(folder / by / "images" / name)
             lines[by].append({"question_id": i, "image": name, "text": text, "category": "_".join(capabilities)})
     (folder / "vip-bench-meta-data.json").write_text(json.dumps(meta, indent=1) + "\n")
@@ -208,18 +215,37 @@ def vip_bench(folder: Path, n: int, split: str, seed: int, side: int) -> None:
         (folder / by / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
 
 
-def _marked(generator, count, shapes, side) -> tuple[Scene, dict]:
-    """A scene, and for each split the things that are marked (the same ones) and their markers."""
+def vip_sample(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
+    """One for training, with markers of all kinds; of several right answers the first."""
+    task = int(generator.integers(len(TASKS)))
+    scene, _, marked, question, truth = _vip_item(generator, task, size[0], {"any": MARKERS})
+    answer = truth.split("<OR>")[0].replace("<AND>", ", ")
+    turn = Turn(_fill_in(question, marked["any"]), answer, image=True)
+    return Sample(partial(render, scene), marked["any"], (turn,))
+
+
+def _fill_in(question, markers):
+    for k, marker in enumerate(markers):
+        question = question.replace(f"<obj{k or ''}>", phrase(marker))
+    return question
+
+
+def _vip_item(generator, task: int, side: int, kinds_by: dict[str, Sequence[str]]):
+    """A scene, the things that are marked, their markers by each way to mark, a question with <obj>, and its truth."""
+    ask, count, shapes, _ = TASKS[task]
     while True:
-        scene = sample_scene(generator, (side, side), n=int(generator.integers(2, 6)), shapes=shapes)
+        scene = sample_scene(generator, (side, side), n=int(generator.integers(2, 6)), shapes=shapes, rich=True)
         stream = generator.integers(2**31)
         try:
-            marked = {by: scenes.sample_markers(np.random.default_rng(stream), scene, count, kinds, scenes.BOLD)
-                      for by, kinds in MARKED_BY.items()}  # fmt: skip
+            marked = {}
+            for by, kinds in kinds_by.items():  # from the same stream, so that they mark the same things
+                things, marked[by] = scenes.sample_markers(np.random.default_rng(stream), scene, count, kinds, scenes.BOLD)
         except scenes.NoMarkerError:
             continue
-        if count == 1 or is_clear(*next(iter(marked.values()))[0]):
-            return scene, marked
+        if count == 1 or is_clear(*things):
+            break
+    scene, question, truth = ask(generator, scene, things)
+    return scene, things, marked, question, truth
 
 
 # -- command ---------------------------------------------------------------------------------------------------------
@@ -237,8 +263,9 @@ KINDS = {
 
 
 def sample(kind: str, generator: np.random.Generator, size: tuple[int, int]) -> Sample:
-    """One of a kind for training, read as its record would be, but nothing touches the disk."""
-    made = KINDS[kind][0](generator, size[0])
+    """One of a kind for training, read as its record would be, but nothing touches the disk. "vcr-choice": VCR as its
+    evaluation asks."""
+    made = KINDS[kind.split("-")[0]][0](generator, size[0])
     record = made.named(kind, 0, "")[0]
     markers, turns = annotate(record, Path(), generator, made.scene.size)
     return Sample(partial(render, made.scene), markers, turns)

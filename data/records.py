@@ -16,6 +16,7 @@ marker's words into the gaps:
 | vg_rel         | id              | rectangle, ellipse                   | a triplet (subject, relation, object) |
 | vg_rel-gpt4v   | id              | rectangle, ellipse                   | its conversations, <bbox0>, <bbox1>   |
 | vcr            | id              | all but point                        | a question and why; half with choices |
+| vcr-choice     | id              | all                                  | VCR as its evaluation asks: a letter  |
 | flickr30k      | id              | rectangle, ellipse, arrow            | describe the image and what is marked |
 | v7w            | id              | rectangle, of constant width         | one of four, by its letter            |
 | pointQA_twice  | id              | the red rectangle, of constant width | how many of these are there           |
@@ -51,7 +52,8 @@ from clip import open_image, read_mask
 from commandline import Parser, run
 from data.index import JSONFile
 from hub import find
-from overlay import COLORS, CONSTANT, KINDS, RELEASED, Distribution, Marker, Region, phrase, rgb_of, sample_marker
+from overlay import (COLORS, CONSTANT, EVALUATION, KINDS, RELEASED, Distribution, Marker, Region, phrase, rgb_of,
+                     sample_marker)  # fmt: skip
 from tokenizer import Tokenizer
 
 
@@ -245,6 +247,9 @@ def _vg_rel_gpt4v(record, images, generator) -> Plan:
     return Plan(boxes_of(record), lambda words: fill_in(pairs, "bbox", words), AROUND)
 
 
+LETTER = "Answer with the option's letter from the given choices directly."
+
+
 def _v7w(record, images, generator) -> Plan:
     question, boxes = field(record, "question", str), field(record, "bboxes", list)
     if len(boxes) != 4 or boxes.count(record.get("answer")) != 1:
@@ -253,7 +258,7 @@ def _v7w(record, images, generator) -> Plan:
 
     def write(words):
         choices = "\n".join(f"{letter}. The object {word}" for letter, word in zip("ABCD", words))
-        return [(f"{question}\n{choices}\nAnswer with the option's letter from the given choices directly.", letter)]
+        return [(f"{question}\n{choices}\n{LETTER}", letter)]
 
     return Plan(boxes_of(record, 4), write, ("rectangle",), CONSTANT)
 
@@ -325,6 +330,37 @@ def _vcr(record, images, generator) -> Plan:
     return Plan(groups, write, tuple(kind for kind in KINDS if kind != "point"))
 
 
+VCR_REASON = (  # the words that the paper's model was tested with
+    "I give you a question and its answer, I need you to provide a rationale explaining why the answer is right. "
+    '"{}" The answer is "{}".What is the rationale for this decision?'
+)
+
+
+def vcr_choice(step: str, kind: str, record: dict, images: Path, generator: np.random.Generator) -> Plan:
+    """As VCR's evaluation asks: four choices, and a letter. step: "qa" asks for the answer, "qar" for the reason."""
+    asked, (choices, label) = [field(record, "question", list)], vcr_choices(record, "answer")
+    if step == "qar":
+        asked = [*asked, choices[label]]
+        choices, label = vcr_choices(record, "rationale")
+    if len(choices) != 4:
+        raise ValueError(f"{len(choices)} choices; expected four")
+    things, groups = vcr_regions(record, images, [*asked, *choices])
+
+    def write(words):
+        said = vcr_words(record["class_names"], things, words)
+        asked_in_words = [sentence(text, said) for text in asked]
+        question = VCR_REASON.format(*asked_in_words) if step == "qar" else asked_in_words[0]
+        options = "\n".join(f"{letter}. {sentence(text, said)}" for letter, text in zip("ABCD", choices))
+        return [(f"{question}\n{options}\n{LETTER}", "ABCD"[label])]
+
+    return Plan(groups, write, (kind,), EVALUATION, crowded=True)
+
+
+def _vcr_choice(record, images, generator) -> Plan:
+    step, kind = ("qa", "qar")[generator.integers(2)], _pick(generator, KINDS)
+    return replace(vcr_choice(step, kind, record, images, generator), distribution=RELEASED)
+
+
 def vcr_choices(record: dict, key: str) -> tuple[list, int]:
     """The choices of a VCR record for its "answer" or its "rationale", and which of them is right."""
     choices, right = field(record, f"{key}_choices", list), field(record, f"{key}_label", int)
@@ -372,7 +408,7 @@ def sentence(parts: list, said: dict[int, str]) -> str:
 
 READERS = {
     "regions": _regions, "conversations": _conversations, "refcocog": _refcocog, "refcocog-gpt4v": _refcocog_gpt4v,
-    "vg_rel": _vg_rel, "vg_rel-gpt4v": _vg_rel_gpt4v, "vcr": _vcr, "flickr30k": _flickr30k, "v7w": _v7w,
+    "vg_rel": _vg_rel, "vg_rel-gpt4v": _vg_rel_gpt4v, "vcr": _vcr, "vcr-choice": _vcr_choice, "flickr30k": _flickr30k, "v7w": _v7w,
     "pointQA_twice": _point_qa,
 }  # fmt: skip
 

@@ -8,7 +8,9 @@ from PIL import Image
 
 from commandline import run
 from data import benchmarks, scenes
+from data.records import LETTER
 from data.scenes import OBJECT_COLORS, SHAPES
+from overlay import phrase
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +78,15 @@ def test_triplets_and_grounded_captions_are_true(world):
     """Guards against a subject and an object exchanged, and against groups of boxes that other words stand before."""
     for record in load(world, "vg_rel-test.json"):
         (a, b), (subject, way, thing) = record["bboxes"], record["answer"].strip("()").split(", ")
-        assert color_at(world, record["image"], a) == subject.split()[0], record
-        assert color_at(world, record["image"], b) == thing.split()[0], record
+        assert color_at(world, record["image"], a) == subject.split()[-2], record
+        assert color_at(world, record["image"], b) == thing.split()[-2], record
         axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[way]
         assert sign * (a[axis] + a[axis + 2] - b[axis] - b[axis + 2]) > 0
     for record in load(world, "flickr30k-test.json"):
         told = record["grounding"].removeprefix("from left to right ").split(", ")
         assert len(told) == len(record["bbox"]) > 1
         for k, (text, (box,)) in enumerate(zip(told, record["bbox"])):
-            assert text.endswith(f" <bbox{k}>") and color_at(world, record["image"], box) == text.split()[1], record
+            assert text.endswith(f" <bbox{k}>") and color_at(world, record["image"], box) == text.split()[-3], record
         assert [box for (box,) in record["bbox"]] == sorted((box for (box,) in record["bbox"]), key=lambda b: b[0] + b[2])
 
 
@@ -95,6 +97,31 @@ def test_samples_for_training_are_what_their_files_would_be(kind):
         one, two = (benchmarks.sample(kind, scenes.generator_for("train", 0, i), (96, 96)) for _ in range(2))
         assert one.turns == two.turns and one.image.size == (96, 96) and one.turns[0].image
         assert all(turn.answer and turn.question for turn in one.turns) and len(one.markers) >= 1
+
+
+def test_vcr_is_trained_as_it_is_tested():
+    """Guards against a model that learns "(B)" where the evaluation wants "B"."""
+    seen = set()
+    for i in range(30):
+        (turn,) = benchmarks.sample("vcr-choice", scenes.generator_for("train", 0, i), (64, 64)).turns
+        assert turn.answer in "ABCD" and "\nD. The object" in turn.question and turn.question.endswith(LETTER)
+        seen.add((turn.answer, "rationale" in turn.question))
+    assert len(seen) == 8
+
+
+def test_vip_bench_is_trained_as_it_is_asked():
+    """Guards against gaps that stay, alternatives in an answer, and signs that nobody sees."""
+    seen = {}
+    for i in range(60):
+        sample = benchmarks.vip_sample(scenes.generator_for("train", 0, i), (64, 64))
+        (turn,) = sample.turns
+        assert "<" not in turn.question + turn.answer and all(phrase(marker) in turn.question for marker in sample.markers)
+        seen[turn.question.split("object")[0]] = turn.answer
+        if "What letter" in turn.question:
+            assert turn.answer in scenes.LETTERS
+        if "sum" in turn.question:
+            assert 2 <= int(turn.answer) <= 18 and len(sample.markers) == 2
+    assert len(seen) == 5
 
 
 def test_vip_bench_has_six_capabilities_and_two_splits(world):
@@ -113,7 +140,7 @@ def test_vip_bench_has_six_capabilities_and_two_splits(world):
                           for path in ("source_image", "bbox/images", "human/images"))  # fmt: skip
         assert all((np.abs(one - plain).sum(axis=2) > 0).sum() > 20 for one in marked)
         if truth["capability"] == ["rec"]:
-            color, shape = truth["answer"].split()
+            *_, color, shape = truth["answer"].split()
             (x0, y0), (x1, y1) = source["shapes"][0]["points"]
             near = np.abs(plain - OBJECT_COLORS[color]).max(axis=2) < 24
             assert near[int(y0) : int(y1) + 1, int(x0) : int(x1) + 1].mean() > 0.15 and shape in SHAPES
@@ -123,7 +150,7 @@ def test_letters_can_be_read(world):
     """Guards against a letter in its object's color: both black and white objects bear one that differs."""
     for thing in (scenes.make_object("circle", color, "large", (50, 50), 30) for color in OBJECT_COLORS):
         image = Image.new("RGB", (100, 100), thing.rgb)
-        benchmarks.write_on(image, thing, "K")
+        scenes.write_on(image, thing, "K")
         distances = np.hypot.reduce(np.asarray(image).astype(int) - thing.rgb, axis=2)
         assert (distances > 100).sum() > 50, thing.color
 
