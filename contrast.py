@@ -3,33 +3,39 @@
     python train.py tiny-clip --out runs/clip                                               both towers, from nothing
     python train.py tiny-captions --train language --clip runs/clip --out runs/captions     then all but its tower
 
-A batch of B images has B captions, and for each a false one in which two things have changed places. An image must find
-its own caption among all 2B, and a caption its own image among the B:
+A caption tells of two things of a scene, as captions on the web leave much out. A batch of B images has B captions, and
+for each K others that are false in one thing: a shape, a color, a place, or which marker is drawn, and on what. An image
+must find its own caption among all B (1 + K), and a caption its own image among the B:
 
-    logits (B, 2B)   scale x cosine of an image and a text; on the diagonal they belong together
-    loss             mean of the cross-entropies along the rows, and down the first B columns
+    logits (B, B + B K)   scale x cosine of an image and a text; on the diagonal they belong together
+    loss                  mean of the cross-entropies along the rows, and down the first B columns
 
-Captions of other scenes are told apart by a glance at the colors. The false ones are not: they make CLIP learn what is
-where, and what a marker marks, which is what a language model will ask it. Most scenes are unmarked; in a few a marker
-is drawn and the caption mentions it, as annotated pictures on the web have it.
+Captions of other scenes are told apart by a glance at the colors. The false ones are not: without them this CLIP learns
+no shapes, and nothing of markers, which is what a language model will ask it. Most scenes are unmarked; in a few a
+marker is drawn and the caption mentions it, as annotated pictures on the web have it.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import Dataset
 
 from clip import CLIP, TextConfig, VisionConfig, preprocess
 from data.batches import Example, Micro
-from data.scenes import Scene, caption, generator_for, marked_scene, render, sample_scene
-from overlay import draw
+from data.scenes import (OBJECT_COLORS, SHAPES, Object, Scene, caption, cell, generator_for, marked_scene, render,
+                         sample_scene)  # fmt: skip
+from overlay import COLORS, KINDS, NAMES, Marker, Region, draw, phrase, sample_marker
 from tokenizer import CLIPTokenizer
 
-P_MARKED = 0.2  # of the scenes
-CONTEXT = 160  # tokens of a caption at most
+P_MARKED = 0.3  # of the scenes
+P_THINGS = (0.5, 0.2, 0.1, 0.1, 0.05, 0.05)  # that an unmarked scene has one, two, … six
+TOLD = 2  # things in a caption at most
+FALSE = 3  # false captions of an image: K
+CONTEXT = 64  # tokens of a caption at most
 VISION = VisionConfig(image_size=112, patch_size=14, width=128, layers=7, heads=4, mlp=512)
 TEXT = dict(context=CONTEXT, width=128, layers=3, heads=4, mlp=512)
 PROJECTION = 128
@@ -38,58 +44,110 @@ PROJECTION = 128
 # -- scenes, and what is true and false about them -------------------------------------------------------------------
 
 
-def captioned(generator: np.random.Generator, size: tuple[int, int]):
-    """A marked image, its caption, and a false one."""
-    things = markers = ()
+@dataclass(frozen=True)
+class Told:
+    """What a caption says of an object: its looks, and the marker that points at it."""
+
+    thing: Object
+    marker: Marker | None = None
+
+
+@dataclass(frozen=True)
+class Captioned:
+    scene: Scene
+    markers: tuple[Marker, ...]
+    true: str
+    false: tuple[str, ...]  # FALSE of them
+
+    def image(self) -> Image.Image:
+        return draw(render(self.scene), self.markers)
+
+
+def captioned(generator: np.random.Generator, size: tuple[int, int]) -> Captioned:
     if generator.random() < P_MARKED:
-        scene, things, markers = marked_scene(generator, size, n_markers=1, rich=True)
+        scene, (thing,), markers = marked_scene(generator, size, n_markers=1, rich=True)
+        told = [Told(thing, *markers)]
     else:
-        scene = sample_scene(generator, size, rich=True)
-    marked = [(scene.objects.index(thing), marker) for thing, marker in zip(things, markers)]
-    image = draw(render(scene), markers)
-    return image, told(scene, marked), told(*falsify(scene, marked, generator))
+        scene, markers, told = sample_scene(generator, size, 1 + int(generator.choice(6, p=P_THINGS)), rich=True), (), []
+    others = [thing for thing in scene.objects if not told or thing is not told[0].thing]
+    told += [Told(others[i]) for i in generator.permutation(len(others))[: TOLD - len(told)]]
+    false = (caption_of(scene, falsify(generator, scene, told)) for _ in range(FALSE))
+    return Captioned(scene, markers, caption_of(scene, told), tuple(false))
 
 
-def told(scene: Scene, marked) -> str:
-    return caption(scene, [(scene.objects[i], marker) for i, marker in marked])
+def caption_of(scene: Scene, told: list[Told]) -> str:
+    marked = [(one.thing, phrase(one.marker)) for one in told if one.marker]
+    return caption(replace(scene, objects=tuple(one.thing for one in told)), marked)
 
 
-def falsify(scene: Scene, marked, generator: np.random.Generator):
-    """The same words, wrongly joined: the marker on another object, or two objects with their colors, or themselves,
-    exchanged."""
-    i, j = generator.permutation(len(scene.objects))[:2].tolist()
-    if marked and generator.random() < 0.5:
-        ((k, marker),) = marked
-        return scene, [(j if k != j else i, marker)]
-    a, b, objects = scene.objects[i], scene.objects[j], list(scene.objects)
-    if a.color != b.color and a.shape != b.shape and generator.random() < 0.5:
-        objects[i], objects[j] = replace(a, color=b.color), replace(b, color=a.color)
+def falsify(generator: np.random.Generator, scene: Scene, told: list[Told]) -> list[Told]:
+    """The same, but for one thing that is not so."""
+
+    def another(choices, than):
+        choices = [choice for choice in choices if choice != than]
+        return choices[generator.integers(len(choices))]
+
+    told, marker, several = list(told), told[0].marker, len(told) > 1
+    i = int(generator.integers(len(told)))
+    j = (i + 1) % len(told)
+    thing = told[i].thing
+    changes = ["shape", "shape", "color", "place"] + ["exchange"] * several
+    changes += ["kind", "hue"] * bool(marker) + ["on another"] * bool(marker and several)
+    change = changes[generator.integers(len(changes))]
+    if change == "shape":
+        told[i] = replace(told[i], thing=replace(thing, shape=another(SHAPES, thing.shape)))
+    elif change == "color":
+        told[i] = replace(told[i], thing=replace(thing, color=another(OBJECT_COLORS, thing.color)))
+    elif change == "place":
+        told[i] = replace(told[i], thing=_moved(scene, thing, another(np.ndindex(3, 3), cell(scene, thing))))
+    elif change == "exchange":
+        other = told[j].thing
+        told[i] = replace(told[i], thing=replace(thing, box=other.box))
+        told[j] = replace(told[j], thing=replace(other, box=thing.box))
+    elif change == "on another":
+        told[0], told[1] = replace(told[0], marker=None), replace(told[1], marker=marker)
     else:
-        objects[i], objects[j] = replace(a, box=b.box), replace(b, box=a.box)
-    return replace(scene, objects=tuple(objects)), marked
+        region = Region(box=told[0].thing.box, polygons=(told[0].thing.polygon,))
+        kind = another(KINDS, marker.kind) if change == "kind" else marker.kind
+        color = another(COLORS, NAMES.get(marker.color)) if change == "hue" else marker.color
+        told[0] = replace(told[0], marker=sample_marker(region, scene.size, generator, kind, color))
+    return told
+
+
+def _moved(scene: Scene, thing: Object, place: tuple[int, int]) -> Object:
+    """Into another of the nine cells."""
+    (row, column), (width, height) = cell(scene, thing), scene.size
+    dx, dy = (place[1] - column) * width / 3, (place[0] - row) * height / 3
+    x0, y0, x1, y1 = thing.box
+    return replace(thing, box=(x0 + dx, y0 + dy, x1 + dx, y1 + dy))
 
 
 class Pairs(Dataset):
-    """Example j: an image, and the ids of its two captions, one after the other."""
+    """Example j: an image, and the ids of its captions, the true one first."""
 
     def __init__(self, tokenize: CLIPTokenizer, config: VisionConfig, seed: int, side: int, split: str = "train"):
         self.tokenize, self.config, self.seed, self.split = tokenize, config, seed, split
-        self.image_size = (side, side)
+        self.image_size, self._ready = (side, side), {}
 
-    def __getitem__(self, j: int) -> Example:
-        image, true, false = captioned(generator_for(self.split, self.seed, j), self.image_size)
-        ids = [self.tokenize.encode(text) for text in (true, false)]
-        return Example(f"scene {j}", ids, [], preprocess(image, self.config.image_size))
+    def pair(self, j: int) -> Captioned:
+        return captioned(generator_for(self.split, self.seed, j), self.image_size)
 
     def size(self, j: int) -> int:
-        return 0  # all are about as long, and short
+        """How long its caption is: batches of like ones have little padding, and images that are harder to tell apart."""
+        self._ready[j] = self.pair(j)
+        return len(self._ready[j].true)
 
     def forget(self) -> None:
-        pass
+        self._ready.clear()
+
+    def __getitem__(self, j: int) -> Example:
+        pair = self._ready.pop(j, None) or self.pair(j)
+        ids = [self.tokenize.encode(text) for text in (pair.true, *pair.false)]
+        return Example(f"scene {j}", ids, [], preprocess(pair.image(), self.config.image_size))
 
     def collate(self, examples: list[Example]) -> Micro:
-        """ids (2B, T), the true captions first; labels (B, 2): each image counts as one token."""
-        ids = self.tokenize.pad([e.ids[k] for k in (0, 1) for e in examples])
+        """ids (B + B K, T), the true captions first; labels (B, 2): each image counts as one token."""
+        ids = self.tokenize.pad([e.ids[k] for k in range(1 + FALSE) for e in examples])
         return Micro([e.name for e in examples], ids, torch.ones(len(examples), 2, dtype=torch.long),
                      torch.stack([e.pixels for e in examples]))  # fmt: skip
 
@@ -103,32 +161,36 @@ class Contrast(nn.Module):
 
     def forward(self, ids: torch.Tensor, labels: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         with torch.autocast(pixels.device.type, self.low, enabled=self.low != torch.float32):
-            logits = self.model(pixels, ids).float()  # (B, 2B)
-        own = torch.arange(len(logits), device=logits.device)
-        rows = F.cross_entropy(logits, own, reduction="sum")
-        columns = F.cross_entropy(logits[:, : len(logits)].T, own, reduction="sum")
-        return (rows + columns) / 2
+            logits = self.model(pixels, ids).float()  # (B, B + B K)
+        B = len(logits)
+        own = torch.arange(B, device=logits.device)
+        rows = F.cross_entropy(logits[:, :B], own, reduction="sum")
+        columns = F.cross_entropy(logits[:, :B].T, own, reduction="sum")
+        mine = torch.stack([block.diagonal() for block in logits.split(B, dim=1)], dim=1)  # (B, 1 + K): its own captions
+        choice = F.cross_entropy(mine, torch.zeros_like(own), reduction="sum")
+        return (rows + columns) / 2 + choice
 
 
-def tiny_clip(seed: int) -> tuple[CLIP, CLIPTokenizer]:
-    """A random CLIP whose image tower is that of the small model, and a tokenizer for what captions say."""
+def tiny_clip(seed: int, vision: VisionConfig = VISION) -> tuple[CLIP, CLIPTokenizer]:
+    """A random CLIP whose image tower is by default that of the small model, and a tokenizer for what captions say."""
     texts = []
     for j in range(2000):
-        texts += captioned(generator_for("train", seed, j), (64, 64))[1:]
+        pair = captioned(generator_for("train", seed, j), (64, 64))
+        texts += [pair.true, *pair.false]
     tokenize = CLIPTokenizer.train(texts, 700, CONTEXT)
     torch.manual_seed(seed)
-    return CLIP(VISION, TextConfig(len(tokenize.vocab), **TEXT), PROJECTION), tokenize
+    return CLIP(vision, TextConfig(len(tokenize.vocab), **TEXT), PROJECTION), tokenize
 
 
 @torch.inference_mode()
 def held_out_pairs(model: CLIP, data: Pairs, n: int = 512) -> dict[str, float]:
-    """How often an image's own caption fits better than its false one; and than all others of 64."""
+    """How often an image's own caption fits better than its false ones; and than all others of 64."""
     true, first = 0, 0
     for start in range(0, n, 64):
         micro = data.collate([data[j] for j in range(start, start + 64)])
         device = next(model.parameters()).device
-        logits = model(micro.pixels.to(device), micro.ids.to(device)).cpu()  # (64, 128)
-        own = logits[:, :64].diagonal()
-        true += int((own > logits[:, 64:].diagonal()).sum())
+        logits = model(micro.pixels.to(device), micro.ids.to(device)).cpu()  # (64, 64 + 64 K)
+        mine = torch.stack([block.diagonal() for block in logits.split(64, dim=1)])  # (1 + K, 64)
+        true += int((mine.argmax(dim=0) == 0).sum())
         first += int((logits[:, :64].argmax(dim=1) == torch.arange(64)).sum())
     return {"true": round(true / n, 3), "first of 64": round(first / n, 3)}

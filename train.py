@@ -476,8 +476,9 @@ def main(argv: list[str]) -> None:
 
 
 def contrast_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: torch.dtype, base: str):
-    if args.parallel == "fsdp" or place.world > 1:
-        raise ValueError("several processes came with contrast; expected one, as each image is held against all others")
+    """A CLIP that learns which caption is whose. Of several processes each holds its images against its own captions."""
+    if args.parallel == "fsdp":
+        raise ValueError("--parallel fsdp came with contrast; expected ddp")
     if args.micro or not recipe.steps:
         raise ValueError("micro-batches, or no steps, came with contrast; expected none, and --steps")
     loaded = checkpoint.load_clip(args.model, place.device, torch.float32) if args.model else contrast.tiny_clip(recipe.seed)

@@ -320,10 +320,10 @@ def position(scene: Scene, thing: Object) -> str:
     return POSITIONS[row][column]
 
 
-def caption(scene: Scene, marked: Iterable[tuple[Object, Marker]] = ()) -> str:
+def caption(scene: Scene, marked: Iterable[tuple[Object, str]] = ()) -> str:
     """Every object in reading order, its position first: a model can say where to look before it looks there. Of the
-    pairs (object, marker) in `marked` the object is said to be "within the red rectangle", and so on."""
-    words = {id(thing): f" {phrase(marker)}" for thing, marker in marked}
+    pairs (object, phrase) in `marked` the object is said to be "within the red rectangle", and so on."""
+    words = {id(thing): f" {said}" for thing, said in marked}
     lines = []
     for thing in sorted(scene.objects, key=lambda thing: (*cell(scene, thing), thing.center[0])):
         noun = describe(thing) if thing.size == "small" else f"a large {look_of(thing)}"
@@ -360,7 +360,7 @@ def marked_caption_sample(generator: np.random.Generator, size: tuple[int, int] 
                           kinds: Sequence[str] = KINDS, distribution: Distribution = RELEASED) -> Sample:
     """The same of an image with one to three markers, which the caption mentions: what a marker is, and where."""
     scene, things, markers = marked_scene(generator, size, kinds, None, distribution)
-    return Sample(partial(render, scene), markers, (Turn("", caption(scene, zip(things, markers)), image=True),))
+    return Sample(partial(render, scene), markers, (Turn("", caption(scene, zip(things, map(phrase, markers))), image=True),))
 
 
 def test_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224), kind: str = "arrow",

@@ -1,7 +1,6 @@
 """contrast.py: captions that are false in one thing, the loss by its formula, and a CLIP that is trained and found again."""
 
 import json
-import re
 from collections import Counter
 
 import pytest
@@ -11,7 +10,7 @@ import checkpoint
 import contrast
 from clip import CLIP, TextConfig, VisionConfig
 from commandline import run
-from contrast import Contrast, Pairs, captioned, falsify, held_out_pairs, told
+from contrast import Contrast, Pairs, Told, caption_of, captioned, falsify, held_out_pairs
 from data.scenes import TEXTURES, generator_for, marked_scene, sample_scene
 from tokenizer import CLIPTokenizer
 from train import main, tiny_model, Recipe
@@ -19,43 +18,51 @@ from train import main, tiny_model, Recipe
 FLAGS = ["--batch", "4", "--log-every", "1", "--device", "cpu", "--side", "64"]
 
 
-def words(text: str) -> Counter:
-    return Counter("a" if word == "an" else word for word in re.findall(r"\w+", text))
-
-
 def facts(text: str) -> set[str]:
-    return {part.replace(" an ", " a ") for part in text.rstrip(".").split(". ")}
+    return set(text.rstrip(".").split(". "))
 
 
 # -- captions --------------------------------------------------------------------------------------------------------
 
 
-def test_false_captions_have_the_same_words_and_two_other_facts():
-    """Guards against false captions that can be told by their words alone, and against true ones that are called false."""
+def test_true_captions_are_true_and_false_ones_false():
+    """Guards against false captions that happen to be true: all that is true of a scene is in its whole caption."""
     marked = 0
     for j in range(300):
-        _, true, false = captioned(generator_for("val", 0, j), (64, 64))
-        assert words(true) == words(false) and len(facts(true) - facts(false)) == 2 == len(facts(false) - facts(true))
-        marked += any(f" {word} " in true for word in ("within", "with the", "pointed", "at the"))
-    assert marked > 30
+        pair = captioned(generator_for("val", 0, j), (64, 64))
+        marker = pair.markers[0] if pair.markers else None
+        all_true = {fact for thing in pair.scene.objects for fact in facts(caption_of(pair.scene, [Told(thing)]))}
+        if marker:
+            (thing,) = (t for t in pair.scene.objects if facts(caption_of(pair.scene, [Told(t, marker)])) & facts(pair.true))
+            all_true = all_true - facts(caption_of(pair.scene, [Told(thing)]))
+            all_true |= facts(caption_of(pair.scene, [Told(thing, marker)]))
+        assert facts(pair.true) <= all_true and len(pair.false) == contrast.FALSE
+        for text in pair.false:
+            assert len(facts(text)) == len(facts(pair.true)) and 1 <= len(facts(text) - all_true) <= 2, (pair.true, text)
+        marked += marker is not None
+        assert pair.image().size == (64, 64)
+    assert 60 < marked < 120
 
 
-def test_a_false_caption_may_move_the_marker_the_colors_or_the_things():
-    """Guards against a kind of falsehood that never comes; each is needed for what CLIP is to learn."""
+def test_every_kind_of_falsehood_comes():
+    """Guards against one that never does; each is needed for what CLIP is to learn."""
     seen = Counter()
-    for j in range(200):
+    for j in range(400):
         generator = generator_for("val", 1, j)
-        scene, things, markers = marked_scene(generator, (64, 64), n_markers=1, rich=True)
-        marked = [(scene.objects.index(things[0]), markers[0])]
-        other, moved = falsify(scene, marked, generator)
-        assert told(other, moved) != told(scene, marked)
-        if moved != marked:
-            seen["marker"] += other is scene
-        else:
-            changed = [(a, b) for a, b in zip(scene.objects, other.objects) if a != b]
-            assert len(changed) == 2
-            seen["colors" if changed[0][0].box == changed[0][1].box else "places"] += 1
-    assert min(seen["marker"], seen["colors"], seen["places"]) > 20, seen
+        scene, (thing,), (marker,) = marked_scene(generator, (64, 64), n_markers=1, rich=True)
+        other = next(t for t in scene.objects if t is not thing)
+        a, b = falsify(generator, scene, [Told(thing, marker), Told(other)])
+        for one, was in ((a, thing), (b, other)):
+            seen["shape"] += one.thing.shape != was.shape
+            seen["color"] += one.thing.color != was.color
+        moved = (a.thing.box != thing.box) + (b.thing.box != other.box)
+        seen["place"] += moved == 1
+        seen["exchange"] += moved == 2
+        seen["on another"] += a.marker is None and b.marker is marker
+        if a.marker is not None:
+            seen["kind"] += a.marker.kind != marker.kind
+            seen["hue"] += a.marker.color != marker.color
+    assert sum(seen.values()) == 400 and min(seen.values()) > 25 and len(seen) == 7, seen
 
 
 def test_rich_scenes_have_textures_and_signs_and_plain_ones_stay_as_they_were():
@@ -83,18 +90,22 @@ def small_clip(tokenize) -> CLIP:
 
 @pytest.fixture(scope="module")
 def tokenize():
-    texts = [text for j in range(60) for text in captioned(generator_for("train", 0, j), (64, 64))[1:]]
+    pairs = [captioned(generator_for("train", 0, j), (64, 64)) for j in range(60)]
+    texts = [text for pair in pairs for text in (pair.true, *pair.false)]
     return CLIPTokenizer.train(texts, 600, 160)
 
 
 def test_the_loss_is_the_formula(tokenize):
-    """Guards against false captions that count as images' own, and a loss of one direction only: by probabilities."""
+    """Guards against another image's false captions among the choices, and a loss of one direction only."""
     model, pairs = small_clip(tokenize), Pairs(tokenize, SMALL, 0, 64)
     micro = pairs.collate([pairs[j] for j in range(5)])
     logits = model(micro.pixels, micro.ids).detach()
-    assert logits.shape == (5, 10) and micro.labels.shape == (5, 2)
-    rows, columns = logits.softmax(dim=1), logits[:, :5].softmax(dim=0)
+    assert logits.shape == (5, 20) and micro.labels.shape == (5, 2)
+    rows, columns = logits[:, :5].softmax(dim=1), logits[:, :5].softmax(dim=0)
     expected = -(rows.diagonal().log().sum() + columns.diagonal().log().sum()) / 2
+    for i in range(5):
+        own = model(micro.pixels[i : i + 1], tokenize([(pair := pairs.pair(i)).true, *pair.false])).detach()[0]
+        expected -= own.softmax(dim=0)[0].log()
     loss = Contrast(model, torch.float32)(micro.ids, micro.labels, micro.pixels)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -102,9 +113,10 @@ def test_the_loss_is_the_formula(tokenize):
 def test_pairs_are_the_same_twice_and_padded_by_the_end(tokenize):
     """Guards against pairs that depend on who draws them, and against padding that hides the end of a text."""
     a, b = (Pairs(tokenize, SMALL, 3, 64) for _ in range(2))
+    assert b.size(7) == len(b.pair(7).true)  # keeps it
     assert torch.equal(a[7].pixels, b[7].pixels) and a[7].ids == b[7].ids != a[8].ids
     micro = a.collate([a[j] for j in range(6)])
-    for row, ids in zip(micro.ids.tolist(), [a[j].ids[k] for k in (0, 1) for j in range(6)]):
+    for row, ids in zip(micro.ids.tolist(), [a[j].ids[k] for k in range(4) for j in range(6)]):
         assert row[: len(ids)] == ids and set(row[len(ids) :]) <= {tokenize.end} and ids.index(tokenize.end) == len(ids) - 1
     assert max(tokenize.vocab.values()) == tokenize.end
 
@@ -161,18 +173,18 @@ def test_it_learns(tokenize):
         losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < 0.2 * losses[0]
+    assert losses[-1] < 0.3 * losses[0]
 
 
 def test_held_out_counts(tokenize):
-    """Guards against counting the wrong way round: a CLIP that knows nothing is right half of the time, of 64 once."""
+    """Guards against counting the wrong way round: a CLIP that knows nothing is right once in four times, of 64 once."""
     table = held_out_pairs(small_clip(tokenize), Pairs(tokenize, SMALL, 0, 64, "val"), 128)
-    assert 0.3 < table["true"] < 0.7 and table["first of 64"] < 0.1
+    assert 0.1 < table["true"] < 0.45 and table["first of 64"] < 0.1
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--micro", "2"], "micro-batches, or no steps, came with contrast"), (["--steps", "0"], "no steps"),
-    (["--parallel", "fsdp"], "expected one, as each image is held against all others"),
+    (["--parallel", "fsdp"], "expected ddp"),
     (["--model", "tiny"], "says model_type 'vipllava'; expected clip"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(flags, words, tmp_path, capsys):

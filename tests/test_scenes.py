@@ -269,7 +269,7 @@ def test_a_marked_caption_says_the_marker_at_its_object():
     scene = example_scene()
     star, ring = scene.objects[:2]
     marked = [(ring, make_marker("ellipse", ring.box, scene.size, "blue")), (star, make_marker("rectangle", star.box, scene.size))]
-    said = caption(scene, marked)
+    said = caption(scene, [(thing, phrase(marker)) for thing, marker in marked])
     assert said.startswith("top left: a large red star within the red rectangle. top right: a large blue ring within the blue ellipse. ")
     assert said.replace(" within the red rectangle", "").replace(" within the blue ellipse", "") == caption(scene)
     for i in range(60):
