@@ -1,7 +1,7 @@
 """CLIP from captioned scenes: which caption belongs to which image? (Radford et al., arXiv 2103.00020, section 2.3)
 
     python train.py tiny-clip --out runs/clip                                               both towers, from nothing
-    python train.py tiny-captions --train language --clip runs/clip --out runs/captions     then all but its tower
+    python train.py tiny-align --model runs/text --clip runs/clip --out runs/align          its tower in a small model
 
 A caption tells of two things of a scene, as captions on the web leave much out. A batch of B images has B captions, and
 for each K others that are false in one thing: a shape, a color, a place, or which marker is drawn, and on what. An image

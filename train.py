@@ -369,9 +369,8 @@ def held_out_records(model: ViPLLaVA, tokenizer: Tokenizer, records: Records, n:
 # -- a small model from nothing --------------------------------------------------------------------------------------
 
 
-def tiny_model(recipe: Recipe, clip: str | None = None) -> tuple[ViPLLaVA, Tokenizer]:
-    """A random ViP-LLaVA of TINY's sizes, 2.5 M parameters, and a tokenizer that knows the words of the scenes. clip:
-    a folder with the CLIP whose image tower it is to have."""
+def tiny_model(recipe: Recipe) -> tuple[ViPLLaVA, Tokenizer]:
+    """A random ViP-LLaVA of TINY's sizes, 2.5 M parameters, and a tokenizer that knows the words of the scenes."""
     texts = []
     for index in range(10_000):
         sample = text_sample(scenes.generator_for("train", recipe.seed, index), (recipe.side,) * 2)
@@ -380,10 +379,15 @@ def tiny_model(recipe: Recipe, clip: str | None = None) -> tuple[ViPLLaVA, Token
     tokenizer = Tokenizer.train(texts, 1024)
     torch.manual_seed(recipe.seed)
     text = dataclasses.replace(TINY.text, vocab_size=tokenizer.vocab_size + 2)  # and <image>, <pad>
-    model = ViPLLaVA(dataclasses.replace(TINY, text=text, image_token_id=tokenizer.vocab_size))
-    if clip:
-        model.vision = checkpoint.load_clip(clip, "cpu", torch.float32)[0].vision_model
-    return model, tokenizer
+    return ViPLLaVA(dataclasses.replace(TINY, text=text, image_token_id=tokenizer.vocab_size)), tokenizer
+
+
+def take_tower(model: ViPLLaVA, clip: str) -> None:
+    """Give the model the image tower of a CLIP, a name or folder. ValueError: it is of another shape."""
+    tower = checkpoint.load_clip(clip, "cpu", torch.float32)[0].vision_model
+    if tower.config != model.config.vision:
+        raise ValueError(f"{clip} has an image tower of {tower.config}; expected the model's, {model.config.vision}")
+    model.vision = tower
 
 
 # -- command line ----------------------------------------------------------------------------------------------------
@@ -395,7 +399,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("recipe", help=what)
     parser.add_argument("--out", type=Path, required=True, help="the run's folder; a run that is in it is continued")
     parser.add_argument("--model", help="start from these weights (a name or folder); without it, a small random model")
-    parser.add_argument("--clip", help="a small random model gets the image tower of the CLIP in this folder")
+    parser.add_argument("--clip", help="the model gets the image tower of this CLIP: a name or folder")
     parser.add_argument("--images", type=Path, default=Path("."), help="the folder that the records' images lie in (here)")
     parser.add_argument("--valid", type=Path, help="a file of records to measure exact answers on")
     recipes = {name: read_recipe(name) for name in RECIPES}
@@ -496,7 +500,9 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
     """A ViP-LLaVA that learns to answer."""
     source, recipe = find_source(recipe, args.images)
     stored = low if recipe.train in ("lora", "projector") else torch.float32
-    model, tokenizer = checkpoint.load(args.model, place.device, stored) if args.model else tiny_model(recipe, args.clip)
+    model, tokenizer = checkpoint.load(args.model, place.device, stored) if args.model else tiny_model(recipe)
+    if args.clip:
+        take_tower(model, args.clip)
     freeze(model.to(place.device), recipe, torch.float32 if args.parallel == "fsdp" else low)  # FSDP casts by itself
     for block in model.llama.layers:
         if args.recompute:

@@ -13,7 +13,7 @@ from commandline import run
 from contrast import Contrast, Pairs, Told, caption_of, captioned, falsify, held_out_pairs
 from data.scenes import TEXTURES, generator_for, marked_scene, sample_scene
 from tokenizer import CLIPTokenizer
-from train import main, tiny_model, Recipe
+from train import Recipe, main, take_tower, tiny_model
 
 FLAGS = ["--batch", "4", "--log-every", "1", "--device", "cpu", "--side", "64"]
 
@@ -154,12 +154,16 @@ def test_a_cut_run_goes_on_exactly_and_the_clip_is_found_again(small, tokenize, 
 
 
 def test_a_small_model_takes_the_tower_of_a_clip(tmp_path):
-    """Guards against a tower that is made anew, without a word."""
+    """Guards against a tower that is made anew, or of another shape, without a word."""
     clip, tokenize = contrast.tiny_clip(5)
     checkpoint.save_clip(clip, tokenize, tmp_path / "clip")
-    model, _ = tiny_model(Recipe("captions", steps=1, side=64), str(tmp_path / "clip"))
+    model, _ = tiny_model(Recipe("captions", steps=1, side=64))
+    take_tower(model, str(tmp_path / "clip"))
     ours, theirs = model.vision.state_dict(), clip.vision_model.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    checkpoint.save_clip(small_clip(tokenize), tokenize, tmp_path / "other")
+    with pytest.raises(ValueError, match="expected the model's"):
+        take_tower(model, str(tmp_path / "other"))
 
 
 def test_it_learns(tokenize):
