@@ -72,11 +72,16 @@ def look(model: ViPLLaVA, sample: Sample, mode="pad") -> torch.Tensor:
 
 def answer(model: ViPLLaVA, tokenizer: Tokenizer, samples: Sequence[Sample], max_new_tokens: int, pixels=None):
     """The greedy answer to each sample's first question, a list of texts. pixels: of each sample, if not as `look`."""
-    template = template_of(model, samples[0])
     prompts = [prompt(model, tokenizer, sample) for sample in samples]
     pixels = torch.stack(pixels or [look(model, sample) for sample in samples])
-    streams = [Stream(tokenizer, TEMPLATES[template].stop) for _ in samples]
-    texts = [""] * len(samples)
+    return complete(model, tokenizer, template_of(model, samples[0]), prompts, pixels, max_new_tokens)
+
+
+def complete(model: ViPLLaVA, tokenizer: Tokenizer, template: str, prompts: Sequence[list[int]], pixels: torch.Tensor,
+             max_new_tokens: int) -> list[str]:
+    """The greedy answer to each prompt, as text."""
+    streams = [Stream(tokenizer, TEMPLATES[template].stop) for _ in prompts]
+    texts = [""] * len(prompts)
     stop = stop_ids(tokenizer, template)
     for tokens in model.generate(prompts, pixels, max_new_tokens=max_new_tokens, stop_ids=stop):
         for i, token in enumerate(tokens):
