@@ -202,9 +202,9 @@ class Examples(Dataset):
 # -- batches ---------------------------------------------------------------------------------------------------------
 
 
-def _step(rows: list[Example | BadRecord], micro: int, collate: Callable) -> tuple[list[Micro], list[BadRecord]]:
+def _step(rows: list[Example | BadRecord], micro: int, join: Callable) -> tuple[list[Micro], list[BadRecord]]:
     good, bad = [r for r in rows if isinstance(r, Example)], [r for r in rows if isinstance(r, BadRecord)]
-    return [collate(good[i : i + micro]) for i in range(0, len(good), micro)], bad
+    return [join(good[i : i + micro]) for i in range(0, len(good), micro)], bad
 
 
 def order(data: Examples, batch: int, seed: int, first: int, last: int) -> Iterator[list[int]]:
@@ -221,5 +221,5 @@ def order(data: Examples, batch: int, seed: int, first: int, last: int) -> Itera
 def batches(data: Examples, batch: int, seed: int, first: int, last: int, *, micro=0, rank=0, world=1, workers=0, pin=False):
     """For each of the steps first … last - 1 this process's micro-batches, and the bad records among them."""
     mine = (members[rank::world] for members in order(data, batch, seed, first, last))
-    join = functools.partial(_step, micro=micro or -(-batch // world), collate=data.collate)
-    return iter(DataLoader(data, batch_sampler=mine, collate_fn=join, num_workers=workers, pin_memory=pin))
+    into_micros = functools.partial(_step, micro=micro or -(-batch // world), join=data.collate)
+    return iter(DataLoader(data, batch_sampler=mine, collate_fn=into_micros, num_workers=workers, pin_memory=pin))
