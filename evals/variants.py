@@ -22,15 +22,13 @@ import torch.nn as nn
 from PIL import Image
 from torch.utils.data import Dataset
 
-import checkpoint
 import train
 from chat import IMAGE, Turn, encode_chat
 from clip import preprocess
 from data.batches import Example, Micro, collate
-from data.records import Sample
-from data.scenes import Object, Scene, describe, generator_for, marked_scene, position, render
+from data.scenes import Object, Scene, describe, marked_scene, position, render
 from evals.benchmark import complete, replace_file
-from overlay import KINDS, Marker, draw, phrase
+from overlay import Marker, draw, phrase
 from parallel import Objective, Place
 from tokenizer import Tokenizer
 from vipllava import IGNORE, ViPLLaVA, expand

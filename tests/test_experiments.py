@@ -14,10 +14,10 @@ import train
 from chat import IMAGE
 from clip import VisionConfig, preprocess
 from commandline import run
-from data.scenes import caption, generator_for, render
+from data.scenes import generator_for, render
 from evals import experiments, figures, trials
 from evals.experiments import Lab, Plan, main, row
-from evals.variants import (Course, Lessons, States, Stored, Variant, by_coordinates, by_marker, examine, exercise, lesson,
+from evals.variants import (Course, Lessons, States, Stored, Variant, by_coordinates, examine, exercise, lesson,
                             start, teach)  # fmt: skip
 from llama import LlamaConfig
 from overlay import KINDS, draw, phrase
