@@ -323,13 +323,16 @@ def position(scene: Scene, thing: Object) -> str:
 def caption(scene: Scene, marked: Iterable[tuple[Object, str]] = ()) -> str:
     """Every object in reading order, its position first: a model can say where to look before it looks there. Of the
     pairs (object, phrase) in `marked` the object is said to be "within the red rectangle", and so on."""
-    words = {id(thing): f" {said}" for thing, said in marked}
-    lines = []
-    for thing in sorted(scene.objects, key=lambda thing: (*cell(scene, thing), thing.center[0])):
-        noun = describe(thing) if thing.size == "small" else f"a large {look_of(thing)}"
-        sign = f" with the {'number' if thing.text in DIGITS else 'letter'} {thing.text}" if thing.text else ""
-        lines.append(f"{position(scene, thing)}: {noun}{sign}{words.get(id(thing), '')}.")
-    return " ".join(lines)
+    words = {id(thing): said for thing, said in marked}
+    things = sorted(scene.objects, key=lambda thing: (*cell(scene, thing), thing.center[0]))
+    return " ".join(f"{position(scene, thing)}: {tell(thing, words.get(id(thing)))}." for thing in things)
+
+
+def tell(thing: Object, marked: str | None = None) -> str:
+    """'a red star', 'a large striped orange ring with the letter K within the red rectangle'."""
+    noun = describe(thing) if thing.size == "small" else f"a large {look_of(thing)}"
+    sign = f"with the {'number' if thing.text in DIGITS else 'letter'} {thing.text}" if thing.text else None
+    return " ".join(filter(None, (noun, sign, marked)))
 
 
 def relation(a: Object, b: Object) -> str:

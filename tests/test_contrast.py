@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from contrast import Contrast, Pairs, Told, caption_of, captioned, falsify, held
 from data.scenes import TEXTURES, generator_for, marked_scene, sample_scene
 from tokenizer import CLIPTokenizer
 from train import Recipe, main, take_tower, tiny_model
+from vipllava import IGNORE
 
 FLAGS = ["--batch", "4", "--log-every", "1", "--device", "cpu", "--side", "64"]
 
@@ -91,23 +93,51 @@ def small_clip(tokenize) -> CLIP:
 @pytest.fixture(scope="module")
 def tokenize():
     pairs = [captioned(generator_for("train", 0, j), (64, 64)) for j in range(60)]
-    texts = [text for pair in pairs for text in (pair.true, *pair.false)]
+    texts = [text for pair in pairs for text in (pair.true, *pair.false, *pair.phrases)]
     return CLIPTokenizer.train(texts, 600, 160)
 
 
 def test_the_loss_is_the_formula(tokenize):
-    """Guards against another image's false captions among the choices, and a loss of one direction only."""
+    """Guards against another image's false captions among the choices, a loss of one direction only, patches asked for
+    other things' phrases, and rivals of the same words: by probabilities, image after image."""
     model, pairs = small_clip(tokenize), Pairs(tokenize, SMALL, 0, 64)
+    drawn = [pairs.pair(i) for i in range(5)]
+    drawn[1] = replace(drawn[1], phrases=drawn[0].phrases[:1] * len(drawn[1].phrases))  # as if all were alike
+    pairs._ready = dict(enumerate(drawn))
     micro = pairs.collate([pairs[j] for j in range(5)])
-    logits = model(micro.pixels, micro.ids).detach()
-    assert logits.shape == (5, 20) and micro.labels.shape == (5, 2)
-    rows, columns = logits[:, :5].softmax(dim=1), logits[:, :5].softmax(dim=0)
-    expected = -(rows.diagonal().log().sum() + columns.diagonal().log().sum()) / 2
-    for i in range(5):
-        own = model(micro.pixels[i : i + 1], tokenize([(pair := pairs.pair(i)).true, *pair.false])).detach()[0]
-        expected -= own.softmax(dim=0)[0].log()
-    loss = Contrast(model, torch.float32)(micro.ids, micro.labels, micro.pixels)
+    said = [text for pair in drawn for text in pair.phrases]
+    assert micro.ids.shape[0] == 20 + len(said) and micro.labels.shape == (5, 5)
+    logits = model(micro.pixels, tokenize([pair.true for pair in drawn])).detach()
+    rows, columns = logits.softmax(dim=1), logits.softmax(dim=0)
+    expected = -(rows.diagonal().log().mean() + columns.diagonal().log().mean()) / 2
+    for pair, pixels in zip(drawn, micro.pixels):
+        own = model(pixels[None], tokenize([pair.true, *pair.false])).detach()[0]
+        expected -= own.softmax(dim=0)[0].log() / 5
+    (states,) = model.vision_model.hidden_states(micro.pixels, (-1,))
+    vectors = model.visual_projection(model.vision_model.post_layernorm(states))
+    fits = model.logit_scale.exp() * torch.nn.functional.normalize(vectors, dim=-1) @ model.encode_text(tokenize(said)).T
+    losses = []
+    for i, k in (micro.labels >= 0).nonzero().tolist():
+        told = int(micro.labels[i, k])
+        assert said[told] in drawn[i].phrases
+        rivals = torch.tensor([j == told or text != said[told] for j, text in enumerate(said)])
+        losses.append(-fits[i, k, rivals].softmax(dim=0)[int(rivals[:told].sum())].log())
+    expected += torch.stack(losses).detach().mean()
+    loss = Contrast(model, torch.float32)(micro.ids, micro.labels, micro.pixels) / len(losses)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_patches_have_the_phrase_of_what_lies_on_them(tokenize):
+    """Guards against rows taken for columns, and a class token that is asked, too: by the middles of the objects."""
+    config = VisionConfig(image_size=112, patch_size=14, width=24, layers=1, heads=3, mlp=40)
+    pairs = Pairs(tokenize, config, 0, 112)
+    for j in range(20):
+        pair, labels = pairs.pair(j), torch.tensor(pairs[j].labels)
+        assert labels[0] == IGNORE  # the class token
+        for k, thing in enumerate(pair.scene.objects):
+            x, y = (int(v / 14) for v in thing.center)
+            assert labels[1 + 8 * y + x] == k
+        assert (labels == IGNORE).sum() > 10
 
 
 def test_pairs_are_the_same_twice_and_padded_by_the_end(tokenize):
@@ -116,7 +146,8 @@ def test_pairs_are_the_same_twice_and_padded_by_the_end(tokenize):
     assert b.size(7) == len(b.pair(7).true)  # keeps it
     assert torch.equal(a[7].pixels, b[7].pixels) and a[7].ids == b[7].ids != a[8].ids
     micro = a.collate([a[j] for j in range(6)])
-    for row, ids in zip(micro.ids.tolist(), [a[j].ids[k] for k in range(4) for j in range(6)]):
+    order = [a[j].ids[k] for k in range(4) for j in range(6)] + [ids for j in range(6) for ids in a[j].ids[4:]]
+    for row, ids in zip(micro.ids.tolist(), order, strict=True):
         assert row[: len(ids)] == ids and set(row[len(ids) :]) <= {tokenize.end} and ids.index(tokenize.end) == len(ids) - 1
     assert max(tokenize.vocab.values()) == tokenize.end
 
@@ -173,7 +204,7 @@ def test_it_learns(tokenize):
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
     for _ in range(60):
-        losses.append(objective(micro.ids, micro.labels, micro.pixels) / 8)
+        losses.append(objective(micro.ids, micro.labels, micro.pixels) / int((micro.labels >= 0).sum()))
         losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -183,7 +214,7 @@ def test_it_learns(tokenize):
 def test_held_out_counts(tokenize):
     """Guards against counting the wrong way round: a CLIP that knows nothing is right once in four times, of 64 once."""
     table = held_out_pairs(small_clip(tokenize), Pairs(tokenize, SMALL, 0, 64, "val"), 128)
-    assert 0.1 < table["true"] < 0.45 and table["first of 64"] < 0.1
+    assert 0.1 < table["true"] < 0.45 and table["first of 64"] < 0.1 and table["patch"] < 0.1
 
 
 @pytest.mark.parametrize("flags, words", [
