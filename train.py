@@ -206,6 +206,22 @@ class Task:
     flops: float = 0.0  # of a token, to report MFU
 
 
+def update(objective, optimizer, trained: list, micros: list[Micro], recipe: Recipe, step: int, place: Place):
+    """One step of the optimizer: the mean loss of its answer tokens, and the norm of the gradient before clipping."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * schedule(step, recipe)
+    objective.train()
+    loss, tokens = gradients(objective, micros, place)
+    norm = nn.utils.clip_grad_norm_(trained, recipe.grad_clip)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if tokens and not math.isfinite(loss + norm):
+        names = ", ".join(name for micro in micros for name in micro.names)
+        raise ValueError(f"the loss is {loss} and its gradient {norm} at step {step}, on {names}; lower --lr")
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss, norm
+
+
 def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits: Habits, parallel="ddp",
           low=torch.float32, stopping=()) -> None:
     """Train to recipe.steps, or on from a state in `out`. stopping: once there is something in it, the run saves and
@@ -228,18 +244,7 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
         if bad and not habits.skip_bad:
             raise bad[0]
         journal.bad(bad)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(step, recipe)
-        model.train()
-        loss, tokens = gradients(objective, micros, place)
-        norm = nn.utils.clip_grad_norm_(trained, recipe.grad_clip)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if tokens and not math.isfinite(loss + norm):
-            names = ", ".join(name for micro in micros for name in micro.names)
-            raise ValueError(f"the loss is {loss} and its gradient {norm} at step {step}, on {names}; lower --lr")
-        optimizer.step()
-        optimizer.zero_grad()
-
+        loss, norm = update(objective, optimizer, trained, micros, recipe, step, place)
         done = step + 1
         journal.step(done, recipe, micros, loss, norm)
         if measure and (done % habits.eval_every == 0 or done == recipe.steps):
@@ -481,10 +486,11 @@ def main(argv: list[str]) -> None:
 
 def contrast_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: torch.dtype, base: str):
     """A CLIP that learns which caption is whose. Of several processes each holds its images against its own captions."""
-    if args.parallel == "fsdp":
-        raise ValueError("--parallel fsdp came with contrast; expected ddp")
-    if args.micro or not recipe.steps:
-        raise ValueError("micro-batches, or no steps, came with contrast; expected none, and --steps")
+    if args.parallel == "fsdp" or not recipe.steps:
+        raise ValueError(f"--parallel {args.parallel} and {recipe.steps} steps came with contrast; expected ddp, and --steps")
+    for flag in ("micro", "compile", "recompute", "valid", "clip"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag} came with contrast, which has no use for it; expected none")
     loaded = checkpoint.load_clip(args.model, place.device, torch.float32) if args.model else contrast.tiny_clip(recipe.seed)
     model, tokenize = loaded[0].to(place.device), loaded[1]
     pairs = functools.partial(contrast.Pairs, tokenize, model.vision_model.config, recipe.seed, recipe.side)
