@@ -29,7 +29,10 @@ from vipllava import IGNORE, ViPLLaVAConfig, expand, pad
 
 
 def text_sample(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
-    """What is said about some scene, without its picture: for a language model that can't speak yet."""
+    """What is said about some scene, without its picture: for a language model that can't speak yet. Half of the time a
+    caption stands in the picture's place, so that there is something to read the answer from."""
+    if generator.random() < 0.5:
+        return scenes.told_sample(generator, size)
     names = [name for name in SCENES if name != "texts"]
     first, *others = SCENES[names[generator.integers(len(names))]](generator, size).turns
     return Sample(None, (), (replace(first, image=False), *others))

@@ -381,6 +381,18 @@ def marker_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 
                   n_markers: int | None = None, distribution: Distribution = RELEASED) -> Sample:
     """One to three marked objects; what each is, perhaps where, how two are related, and the whole, in any order."""
     scene, things, markers = marked_scene(generator, size, kinds, n_markers, distribution)
+    return Sample(partial(render, scene), markers, _dialogue(generator, scene, things, markers))
+
+
+def told_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224)) -> Sample:
+    """The same questions without a picture: its caption stands in its place, for a language model that learns to read."""
+    scene, things, markers = marked_scene(generator, size)
+    first, *others = _dialogue(generator, scene, things, markers)
+    said = caption(scene, zip(things, map(phrase, markers)))
+    return Sample(None, (), (Turn(f"{said}\n{first.question}", first.answer), *others))
+
+
+def _dialogue(generator, scene, things, markers) -> tuple[Turn, ...]:
     asked, alone = [], len(things) == 1
     for thing, marker in zip(things, markers):
         asked.append(_question(generator, thing, marker, alone))
@@ -392,8 +404,7 @@ def marker_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 
     if generator.random() < P_DESCRIBE:
         asked.append(("Describe the image.", caption(scene)))
     asked = [asked[i] for i in generator.permutation(len(asked))]
-    turns = tuple(Turn(question, answer, image=i == 0) for i, (question, answer) in enumerate(asked))
-    return Sample(partial(render, scene), markers, turns)
+    return tuple(Turn(question, answer, image=i == 0) for i, (question, answer) in enumerate(asked))
 
 
 class NoMarkerError(ValueError):

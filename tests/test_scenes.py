@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from chat import Turn
 from commandline import run
 from data import scenes
 from data.records import Records
@@ -384,3 +385,16 @@ def test_sheet_and_example_are_images(tmp_path):
         assert run(main, [name, str(tmp_path / f"{name}.png")]) == 0
     assert Image.open(tmp_path / "sheet.png").width >= 4 * 224
     assert Image.open(tmp_path / "example.png").size == (448, 448)
+
+
+def test_told_samples_hold_what_their_answers_are_read_from():
+    """Guards against a caption of another scene, or one that leaves the markers out: nothing could be read from it."""
+    for i in range(40):
+        sample = scenes.told_sample(generator_for("train", 0, i), (64, 64))
+        said, question = sample.turns[0].question.split("\n")
+        assert sample.open is None and not any(turn.image for turn in sample.turns)
+        for turn in [Turn(question, sample.turns[0].answer), *sample.turns[1:]]:
+            if turn.question.startswith("What is ") and turn.question != "What is this?":
+                words = turn.question.removeprefix("What is ").removesuffix("?")
+                noun = turn.answer.split(" ", 1)[1]
+                assert re.search(rf"{noun} {words}\.", said), (said, turn)
