@@ -212,8 +212,8 @@ def _init_weights(module: nn.Module) -> None:
 def _waves(grid: int, width: int) -> torch.Tensor:
     """Positions to start training from, (grid², width): sines and cosines of x and of y, of several wavelengths.
 
-    With them one rule, "what is beside me?", holds everywhere at once. From random positions a tower learns it for
-    each patch anew, and finds shapes only after ten times as many images. (As in He et al., arXiv 2111.06377.)
+    With them one rule, "what is beside me?", holds everywhere at once; from random positions a tower learns it for each
+    patch anew, and a small one was still at colors where this one knew places and shapes. (He et al., arXiv 2111.06377.)
     """
     frequencies = 10.0 ** -torch.linspace(0, 1, width // 4 + 1)[:-1]  # radians a patch
     y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")

@@ -12,9 +12,9 @@ are added:
     which of its own 1 + K is true?     logits (B, 1 + K)
     which phrase is a patch's?          logits (P, R), P patches on which a thing lies (as in RegionCLIP, arXiv 2112.09106)
 
-Captions of other scenes are told apart by a glance at the colors; without false ones this CLIP learns no shapes. And its
-class token learns to look at edges by itself: without phrases the patches, which are all that a language model gets to
-see, know no more in the last block than in the first. CLIP's 400 million pictures bring both about; these few don't.
+Captions of other scenes are told apart by a glance at the colors; the false ones are not. And without phrases the class
+token learns to look at edges by itself: the patches, which are all that a language model gets to see, then know no more
+in the last block than in the first (evals/probes.py). CLIP's 400 million pictures bring that about; these few don't.
 Most scenes are unmarked; in a few a marker is drawn and the words mention it, as annotated pictures on the web have it.
 """
 
@@ -171,6 +171,19 @@ class Pairs(Dataset):
                      torch.stack([e.pixels for e in examples]))  # fmt: skip
 
 
+def fits(model: CLIP, ids: torch.Tensor, labels: torch.Tensor, pixels: torch.Tensor):
+    """How well texts fit, scaled cosines: own (B, 1 + K), an image and its own captions, the true one first; all (B, B),
+    images and true captions; patches (P, R), the labelled patches and the phrases."""
+    B = len(pixels)
+    (states,) = model.vision_model.hidden_states(pixels, (-1,))  # (B, 1 + N, C)
+    seen = F.normalize(model.visual_projection(model.vision_model.post_layernorm(states)), dim=-1)
+    texts = model.logit_scale.exp() * model.encode_text(ids)
+    captions, phrases = texts[: B * (1 + FALSE)], texts[B * (1 + FALSE) :]
+    logits = (seen[:, 0] @ captions.T).float()  # (B, B + B K)
+    own = torch.stack([block.diagonal() for block in logits.split(B, dim=1)], dim=1)
+    return own, logits[:, :B], (seen[labels != IGNORE] @ phrases.T).float()
+
+
 class Contrast(nn.Module):
     """The summed loss of a batch's labelled patches, as a module: in place of parallel.Objective."""
 
@@ -179,22 +192,15 @@ class Contrast(nn.Module):
         self.model, self.low = model, low
 
     def forward(self, ids: torch.Tensor, labels: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        B, model = len(pixels), self.model
         with torch.autocast(pixels.device.type, self.low, enabled=self.low != torch.float32):
-            (states,) = model.vision_model.hidden_states(pixels, (-1,))  # (B, 1 + N, C)
-            images = F.normalize(model.visual_projection(model.vision_model.post_layernorm(states)), dim=-1)
-            texts = model.logit_scale.exp() * model.encode_text(ids)
-            captions, phrases = texts[: B * (1 + FALSE)], texts[B * (1 + FALSE) :]
-            logits = (images[:, 0] @ captions.T).float()  # (B, B + B K)
-            patches = (images[labels != IGNORE] @ phrases.T).float()  # (P, R)
-        own = torch.arange(B, device=pixels.device)
-        rows, columns = (F.cross_entropy(x, own) for x in (logits[:, :B], logits[:, :B].T))
-        mine = torch.stack([block.diagonal() for block in logits.split(B, dim=1)], dim=1)  # (B, 1 + K): its own captions
-        choice = F.cross_entropy(mine, torch.zeros_like(own))
-        told, said = labels[labels != IGNORE], ids[B * (1 + FALSE) :]
+            own, all, patches = fits(self.model, ids, labels, pixels)
+        diagonal = torch.arange(len(all), device=all.device)
+        whose = (F.cross_entropy(all, diagonal) + F.cross_entropy(all.T, diagonal)) / 2
+        true = F.cross_entropy(own, torch.zeros_like(diagonal))
+        told, said = labels[labels != IGNORE], ids[own.numel() :]
         same = (said[:, None] == said[None]).all(dim=-1).fill_diagonal_(False)  # things of the same words are no rivals
         patch = F.cross_entropy(patches.masked_fill(same[told], -math.inf), told)
-        return ((rows + columns) / 2 + choice + patch) * len(told)
+        return (whose + true + patch) * len(told)
 
 
 def tiny_clip(seed: int, vision: VisionConfig = VISION) -> tuple[CLIP, CLIPTokenizer]:
@@ -212,18 +218,13 @@ def tiny_clip(seed: int, vision: VisionConfig = VISION) -> tuple[CLIP, CLIPToken
 def held_out_pairs(model: CLIP, data: Pairs, n: int = 512) -> dict[str, float]:
     """How often an image's own caption fits better than its false ones; than all others of 64; and how often a patch's
     own phrase fits better than all others of 64 images."""
-    true, first, patch, patches, device = 0, 0, 0, 0, next(model.parameters()).device
+    true, first, patch, labelled, device = 0, 0, 0, 0, next(model.parameters()).device
     for start in range(0, n, 64):
         micro = data.collate([data[j] for j in range(start, start + 64)])
-        (states,) = model.vision_model.hidden_states(micro.pixels.to(device), (-1,))
-        images = F.normalize(model.visual_projection(model.vision_model.post_layernorm(states)), dim=-1).cpu()
-        texts = model.encode_text(micro.ids.to(device)).cpu()
-        captions, phrases = texts[: 64 * (1 + FALSE)], texts[64 * (1 + FALSE) :]
-        logits = images[:, 0] @ captions.T  # (64, 64 + 64 K)
-        mine = torch.stack([block.diagonal() for block in logits.split(64, dim=1)])  # (1 + K, 64)
-        true += int((mine.argmax(dim=0) == 0).sum())
-        first += int((logits[:, :64].argmax(dim=1) == torch.arange(64)).sum())
-        told, said = micro.labels[micro.labels != IGNORE], micro.ids[64 * (1 + FALSE) :]
-        found = (images[micro.labels != IGNORE] @ phrases.T).argmax(dim=1)
-        patch, patches = patch + int((said[found] == said[told]).all(dim=1).sum()), patches + len(told)
-    return {"true": round(true / n, 3), "first of 64": round(first / n, 3), "patch": round(patch / patches, 3)}
+        own, all, patches = (x.cpu() for x in fits(model, *(x.to(device) for x in (micro.ids, micro.labels, micro.pixels))))
+        true += int((own.argmax(dim=1) == 0).sum())
+        first += int((all.argmax(dim=1) == torch.arange(64)).sum())
+        told, said = micro.labels[micro.labels != IGNORE], micro.ids[own.numel() :]
+        patch += int((said[patches.argmax(dim=1)] == said[told]).all(dim=1).sum())
+        labelled += len(told)
+    return {"true": round(true / n, 3), "first of 64": round(first / n, 3), "patch": round(patch / labelled, 3)}

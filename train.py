@@ -44,7 +44,6 @@ import llama
 import lora
 import states
 from chat import HUMAN, TEMPLATES
-from clip import VisionConfig
 from commandline import Parser, run
 from data import scenes
 from data.batches import SCENES, Examples, Micro, RecordSource, SceneSource, batches, parse_mix, text_sample
@@ -125,7 +124,7 @@ def read_recipe(name: str) -> Recipe:
 
 KIND_NAMES = {str: "a text", int: "a whole number", float: "a number"}
 TINY = ViPLLaVAConfig(
-    vision=VisionConfig(image_size=112, patch_size=14, width=128, layers=7, heads=4, mlp=512),
+    vision=contrast.VISION,
     text=llama.SIZES["tiny"],
     feature_layers=(-2, -3, -4, -5, 1),
 )
@@ -374,8 +373,9 @@ def held_out_records(model: ViPLLaVA, tokenizer: Tokenizer, records: Records, n:
 # -- a small model from nothing --------------------------------------------------------------------------------------
 
 
-def tiny_model(recipe: Recipe) -> tuple[ViPLLaVA, Tokenizer]:
-    """A random ViP-LLaVA of TINY's sizes, 2.5 M parameters, and a tokenizer that knows the words of the scenes."""
+def tiny_model(recipe: Recipe, config: ViPLLaVAConfig | None = None) -> tuple[ViPLLaVA, Tokenizer]:
+    """A random ViP-LLaVA, of TINY's sizes unless told (2.5 M parameters), and a tokenizer for the words of the scenes."""
+    config = config or TINY
     texts = []
     for index in range(10_000):
         sample = text_sample(scenes.generator_for("train", recipe.seed, index), (recipe.side,) * 2)
@@ -383,8 +383,8 @@ def tiny_model(recipe: Recipe) -> tuple[ViPLLaVA, Tokenizer]:
     texts += [HUMAN + " USER: ", " ASSISTANT:"] * 1000
     tokenizer = Tokenizer.train(texts, 1024)
     torch.manual_seed(recipe.seed)
-    text = dataclasses.replace(TINY.text, vocab_size=tokenizer.vocab_size + 2)  # and <image>, <pad>
-    return ViPLLaVA(dataclasses.replace(TINY, text=text, image_token_id=tokenizer.vocab_size)), tokenizer
+    text = dataclasses.replace(config.text, vocab_size=tokenizer.vocab_size + 2)  # and <image>, <pad>
+    return ViPLLaVA(dataclasses.replace(config, text=text, image_token_id=tokenizer.vocab_size)), tokenizer
 
 
 def take_tower(model: ViPLLaVA, clip: str) -> None:

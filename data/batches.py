@@ -142,13 +142,17 @@ def encode(sample: Sample, tokenizer: Tokenizer, config: ViPLLaVAConfig, templat
     template = template or (config.template if turns[0].question else "plain")
     if template == "plain":
         turns = [Turn("", turns[0].answer, turns[0].image)]
-    ids, trained = encode_chat(tokenizer, template, turns)
-    labels = [i if t else IGNORE for i, t in zip(ids, trained)]
-    labels = [label for i, label in zip(ids, labels) for _ in expand([i], config.vision.patches)]
+    ids, labels = with_patches(*encode_chat(tokenizer, template, turns), config.vision.patches)
     pixels = None
     if sample.image is not None:
         pixels = preprocess(draw(sample.image, sample.markers), config.vision.image_size)
-    return expand(ids, config.vision.patches), labels, pixels
+    return ids, labels, pixels
+
+
+def with_patches(ids: list[int], trained: list[bool], patches: int) -> tuple[list[int], list[int]]:
+    """ids and labels (T,), one IMAGE for an image become one for each of its patches."""
+    labels = [i if t else IGNORE for i, t in zip(ids, trained)]
+    return expand(ids, patches), [label for i, label in zip(ids, labels) for _ in expand([i], patches)]
 
 
 @dataclass

@@ -21,6 +21,7 @@ number stands with a 95 % interval, and beside what chance gives: over seeds Stu
 (Wilson). The same command goes on with a run that was cut; what is done is not done again.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -41,7 +42,7 @@ from commandline import Parser, check_device, run
 from data.records import Sample
 from data.scenes import generator_for
 from evals import figures, probes, trials
-from evals.benchmark import answer, interval, replace_file
+from evals.benchmark import answer, interval, interval_of_mean, replace_file
 from evals.variants import Course, Lessons, States, Variant, by_coordinates, examine, exercise, lesson, start, teach
 from overlay import KINDS
 from parallel import Place
@@ -76,8 +77,10 @@ def row(series: str, x: str | float, results: Sequence[Sequence[float]], chance:
     if len(means) > 1:
         reach = STUDENT[len(means)] * statistics.stdev(means) / math.sqrt(len(means))
         low, high = max(0.0, mean - reach), min(1.0, mean + reach)
-    else:
+    elif set(results[0]) <= {0, 1}:
         low, high = interval(sum(results[0]), n)
+    else:
+        low, high = interval_of_mean(results[0])
     said = {"accuracy": mean, "low": low, "high": high, "chance": chance}
     return {"series": series, "x": x, **{k: round(100 * v, 2) for k, v in said.items()}, "n": n, "seeds": len(means)}
 
@@ -104,14 +107,13 @@ class Lab:
             replace_file(path, json.dumps(make()))
         return json.loads(path.read_text())
 
-    def ask(self, samples: Sequence[Sample], model: ViPLLaVA | None = None, right=None, limit: int = 16) -> list[float]:
-        """What the answers to the samples' questions score; exact ones 1, unless right(sample, text) says otherwise."""
-        right = right or (lambda sample, text: float(text == sample.turns[0].answer))
-        scores = []
-        for first in range(0, len(samples), 50):
-            group = samples[first : first + 50]
-            scores += [right(*both) for both in zip(group, answer(model or self.model, self.tokenizer, group, limit))]
-        return scores
+    def ask(self, samples: Sequence[Sample], model: ViPLLaVA | None = None, limit: int = 16) -> list[str]:
+        """The answers to the samples' questions."""
+        groups = (samples[first : first + 50] for first in range(0, len(samples), 50))
+        return [text for group in groups for text in answer(model or self.model, self.tokenizer, group, limit)]
+
+    def exact(self, samples: Sequence[Sample], model: ViPLLaVA | None = None) -> list[bool]:
+        return [text == sample.turns[0].answer for sample, text in zip(samples, self.ask(samples, model))]
 
     def lessons(self, split: str, n: int, make: Callable) -> list:
         return [make(generator_for(split, 0, i), self.size, i) for i in range(n)]
@@ -120,19 +122,19 @@ class Lab:
         pictures = lambda i: getattr(lessons[i], picture)  # noqa: E731
         return States(self.out / "states" / f"{name}-{picture}.npy", self.model.vision, pictures, len(lessons))
 
-    def trained(self, variant: Variant, lessons: Sequence, states: dict, seed: int, then: Callable[[ViPLLaVA], object]):
-        """What `then` finds about the variant, once it has been trained."""
+    def trained(self, name: str, variant: Variant, lessons: Sequence, states: dict, seed: int, then: Callable):
+        """What `then` finds about the variant, once it has been trained. name: of what it learns from; two experiments
+        that train the same train it once."""
+        name = f"{name} {variant.trains_like(self.model.config.vision.layers + 1)} {seed}"
 
         def make():
-            model = start(self.model, variant.layers, seed)
-            folder = self.out / "runs" / f"{variant.name}-{seed}"
-            data = Lessons(lessons, states, variant, self.tokenizer, model.config)
-            teach(model, data, Course(self.plan.steps), seed, folder)
+            model, folder = start(self.model, variant.layers, seed), self.out / "runs" / name
+            teach(model, Lessons(lessons, states, variant, self.tokenizer, model.config), Course(self.plan.steps), seed, folder)
             found = then(model.eval())
             shutil.rmtree(folder)
             return found
 
-        return self.kept(f"{variant.name}-{seed}", make)
+        return self.kept(name, make)
 
 
 # -- experiments: each yields rows -----------------------------------------------------------------------------------
@@ -155,7 +157,7 @@ def _variants(lab: Lab, variants: Sequence[Variant]) -> Iterator[dict]:
     chance = statistics.mean(1 / len(test.scene.objects) for test in tests)
     for variant in variants:
         data = Lessons(tests, tested, variant, lab.tokenizer, lab.model.config)
-        found = [lab.trained(variant, lessons, learned, seed, lambda model: examine(model, data))
+        found = [lab.trained("train", variant, lessons, learned, seed, lambda model: examine(model, data))
                  for seed in range(lab.plan.seeds)]  # fmt: skip
         yield row(variant.name, "all", found, chance)
         for k, kind in enumerate(KINDS):
@@ -203,11 +205,11 @@ def unseen(lab: Lab) -> Iterator[dict]:
         for name, value in points:
             make = trials.ATTRIBUTES[name].make
             samples = [make(generator_for("test", 0, i), lab.size, value) for i in range(lab.plan.exercises // 2)]
-            found.append([lab.ask(samples, model), statistics.mean(sample.chance for sample in samples)])
+            found.append([lab.exact(samples, model), statistics.mean(sample.chance for sample in samples)])
         return found
 
     variant = Variant("narrow", lab.model.config.feature_layers)
-    tables = [lab.trained(variant, lessons, learned, seed, examined) for seed in range(lab.plan.seeds)]
+    tables = [lab.trained("narrow", variant, lessons, learned, seed, examined) for seed in range(lab.plan.seeds)]
     for k, (name, value) in enumerate(points):
         inside = trials.ATTRIBUTES[name].inside(value)
         said = {"trained": inside, "unit": trials.ATTRIBUTES[name].unit}
@@ -237,7 +239,7 @@ def breaking(lab: Lab) -> Iterator[dict]:
 def _counted(lab: Lab, series: str, x, make: Callable[[int], Sample]) -> dict:
     def count():
         samples = [make(i) for i in range(lab.plan.exercises // 2)]
-        return [lab.ask(samples), statistics.mean(sample.chance for sample in samples)]
+        return [lab.exact(samples), statistics.mean(sample.chance for sample in samples)]
 
     scores, chance = lab.kept(f"{series}-{x}".replace("/", " of "), count)
     return row(series, x, [scores], chance)
@@ -247,10 +249,10 @@ def beyond(lab: Lab) -> Iterator[dict]:
     """"Describe the image." with none to three markers on it: facts told rightly, and things counted rightly."""
     for marks in range(4):
         samples = [trials.described(generator_for("test", 0, i), lab.size, marks) for i in range(lab.plan.exercises // 2)]
+        texts = lab.kept(f"described-{marks}", lambda: lab.ask(samples, limit=100))
         right = {"facts of the caption": trials.facts_right, "number of things": trials.number_right}
         for name, score in right.items():
-            scores = lab.kept(f"{name}-{marks}", lambda: lab.ask(samples, right=score, limit=100))
-            yield row(name, marks, [scores], trials.CHANCE[name])
+            yield row(name, marks, [[score(*both) for both in zip(samples, texts)]], trials.CHANCE[name])
 
 
 TOWERS = {f"{name}, patches of {patch}": VisionConfig(image_size=112, patch_size=patch, width=width, layers=depth,
@@ -309,7 +311,7 @@ def main(argv: list[str]) -> None:
                          f"{2 * len(KINDS)} exercises, 128 probed scenes and a side of 32")  # fmt: skip
     out = args.out or Path("runs/quick" if args.quick else "runs/experiments")
     model, tokenizer = checkpoint.load(args.model, check_device(args.device), torch.float32)
-    about = {"model": args.model, "side": args.side, **asdict(plan)}
+    about = {"model": args.model, "weights": digest(model), "side": args.side, **asdict(plan)}
     refuse_another(out, about)
     lab = Lab(model, tokenizer, plan, out, args.side)
     for name in EXPERIMENTS if args.experiment == "all" else [args.experiment]:
@@ -319,6 +321,12 @@ def main(argv: list[str]) -> None:
             print("{series:36} {x!s:>24} {accuracy:6.1f}   ({low:.1f} to {high:.1f}; chance {chance:.1f})".format(**said), flush=True)
         replace_file(out / f"{name}.json", json.dumps({"experiment": name, **about, "rows": rows}, indent=1) + "\n")
         figures.draw(out / f"{name}.json")
+
+
+def digest(model: ViPLLaVA) -> str:
+    """A few letters that change with any of the weights: a folder may be trained anew under its old name."""
+    sums = [p.detach().double().sum().item() for p in model.parameters()]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()[:12]
 
 
 def refuse_another(out: Path, about: dict) -> None:

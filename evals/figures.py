@@ -34,14 +34,14 @@ def draw(path: Path) -> Path | None:
 
 
 def panels(rows: list[dict]) -> list[dict[str, list[dict]]]:
-    """Series, by their names, that share a panel: those with the same values of x, unless what was trained is told."""
+    """Series, by their names, that share a panel: those with the same values of x and the same chance, without units."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(row["series"], []).append(row)
     found: dict[tuple, dict[str, list[dict]]] = {}
     for series, some in groups.items():
         alone = "unit" in some[0]
-        found.setdefault(series if alone else tuple(row["x"] for row in some), {})[series] = some
+        found.setdefault(series if alone else tuple((row["x"], row["chance"]) for row in some), {})[series] = some
     return list(found.values())
 
 

@@ -195,7 +195,7 @@ def _clutter(generator, size, level) -> Trial:
 
 
 def _erased(generator, size, level) -> Trial:
-    """Of the marker's surroundings, so many percent are covered: squares of a 14th of the image show no marker."""
+    """So many percent of the image, in squares of a 14th of its side, show no marker, only what lies beneath."""
     scene, thing, marker = one_marked(generator, size)
     plain, marked = render(scene), draw(render(scene), [marker])
     covered = generator.random((14, 14)) < level / 100
@@ -240,9 +240,9 @@ def _shrunken(thing: Object, factor: float) -> Object:
 
 def _small(generator, size, level) -> Trial:
     """All objects at `level` percent of their size, and the marker on the small one."""
-    scene = sample_scene(generator, size)
-    scene = replace(scene, objects=tuple(_shrunken(thing, level / 100) for thing in scene.objects))
     while True:
+        scene = sample_scene(generator, size)
+        scene = replace(scene, objects=tuple(_shrunken(thing, level / 100) for thing in scene.objects))
         try:
             (thing,), (marker,) = sample_markers(generator, scene, 1)
             return trial(scene, thing, marker)
@@ -268,12 +268,11 @@ def _overlapping(generator, size, level) -> Trial:
 
 def _disagreeing(generator, size, level) -> Trial:
     """`level` more markers with the same words on as many other objects; only the first one's object counts."""
-    while True:
-        scene, thing, marker = one_marked(generator, size, ("rectangle", "ellipse", "arrow", "point"), n=4)
-        others = [other for other in scene.objects if other is not thing][:level]
-        more = [sample_marker(Region(box=other.box, polygons=(other.polygon,)), size, generator, marker.kind, marker.color)
-                for other in others]  # fmt: skip
-        return trial(scene, thing, marker, draw(render(scene), [marker, *more]))
+    scene, thing, marker = one_marked(generator, size, ("rectangle", "ellipse", "arrow", "point"), n=4)
+    others = [other for other in scene.objects if other is not thing][:level]
+    more = [sample_marker(Region(box=other.box, polygons=(other.polygon,)), size, generator, marker.kind, marker.color)
+            for other in others]  # fmt: skip
+    return trial(scene, thing, marker, draw(render(scene), [marker, *more]))
 
 
 BREAKING = {

@@ -25,13 +25,13 @@ from torch.utils.data import Dataset
 import train
 from chat import IMAGE, Turn, encode_chat
 from clip import preprocess
-from data.batches import Example, Micro, collate
+from data.batches import Example, Micro, collate, with_patches
 from data.scenes import Object, Scene, describe, marked_scene, position, render
 from evals.benchmark import complete, replace_file
 from overlay import Marker, draw, phrase
 from parallel import Objective, Place
 from tokenizer import Tokenizer
-from vipllava import IGNORE, ViPLLaVA, expand
+from vipllava import ViPLLaVA
 
 
 # -- lessons ---------------------------------------------------------------------------------------------------------
@@ -133,6 +133,11 @@ class Variant:
     pictures: tuple[str, ...] = ("marked",)  # which pictures of a lesson a prompt shows, one after the other
     words: Callable[[Lesson, int], str] = by_marker
 
+    def trains_like(self, depths: int) -> str:
+        """The same text for variants that differ in their names alone; depths: how many the tower has."""
+        layers = " ".join(str(k % depths) for k in self.layers)
+        return f"{'+'.join(self.pictures)} {self.words.__name__} {layers}"
+
 
 class Lessons(Dataset):
     """Examples for train.train: lesson j of a variant; after the last comes the first again."""
@@ -147,32 +152,25 @@ class Lessons(Dataset):
     def forget(self) -> None:
         pass
 
-    def collate(self, examples: list[Example]) -> Micro:
-        return join(examples)
+    @staticmethod
+    def collate(examples: list[Example]) -> Micro:
+        """As of data.batches, but an example may have several pictures."""
+        micro = collate(examples)
+        return replace(micro, pixels=micro.pixels.flatten(0, 1))
 
-    def prompt(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
-        """ids with IMAGE for every picture, and labels."""
+    def prompt(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
+        """ids with IMAGE for every picture, and which are trained."""
         ids, trained = encode_chat(self.tokenizer, self.config.template, turns)
-        labels = [i if t else IGNORE for i, t in zip(ids, trained)]
-        more = [IMAGE] * (len(self.variant.pictures) - 1)
-        place = ids.index(IMAGE)
-        return ids[:place] + more + ids[place:], labels[:place] + [IGNORE] * len(more) + labels[place:]
+        place, more = ids.index(IMAGE), len(self.variant.pictures) - 1
+        return ids[:place] + [IMAGE] * more + ids[place:], trained[:place] + [False] * more + trained[place:]
 
     def pixels(self, i: int) -> torch.Tensor:
         return torch.stack([self.states[name][i] for name in self.variant.pictures])  # (pictures, L + 1, N, C)
 
     def __getitem__(self, j: int) -> Example:
         i = j % len(self.lessons)
-        ids, labels = self.prompt(self.lessons[i].turns(self.variant.words))
-        patches = self.config.vision.patches
-        labels = [label for k, label in zip(ids, labels) for _ in expand([k], patches)]
-        return Example(f"lesson {i}", expand(ids, patches), labels, self.pixels(i))
-
-
-def join(examples: list[Example]) -> Micro:
-    """As collate, but an example may have several pictures."""
-    micro = collate(examples)
-    return replace(micro, pixels=micro.pixels.flatten(0, 1))
+        prompt = self.prompt(self.lessons[i].turns(self.variant.words))
+        return Example(f"lesson {i}", *with_patches(*prompt, self.config.vision.patches), self.pixels(i))
 
 
 def start(base: ViPLLaVA, layers: Sequence[int], seed: int) -> ViPLLaVA:
@@ -193,15 +191,15 @@ class Course:
     lr: float = 1e-3
 
 
-def teach(model: ViPLLaVA, lessons: Lessons, course: Course, seed: int, out: Path, stopping=()) -> None:
+def teach(model: ViPLLaVA, lessons: Lessons, course: Course, seed: int, out: Path) -> None:
     """Train projector and language model; a run that was cut goes on, one that is over is loaded."""
     recipe = train.Recipe(data=lessons.variant.name, train="language", steps=course.steps, batch=course.batch,
                           lr=course.lr, seed=seed)  # fmt: skip
     train.freeze(model, recipe, torch.float32)
     place = Place(model.llama.embed_tokens.weight.device, 0, 1)
-    habits = train.Habits(log_every=max(1, course.steps // 4), save_every=max(1, course.steps), keep=1)
+    habits = train.Habits(log_every=max(1, course.steps // 4), keep=1)
     task = train.Task(Objective(model, torch.float32, False), lessons, publish=lambda state: None)
-    train.train(task, recipe, out, lessons.variant.name, place, habits, stopping=stopping)
+    train.train(task, recipe, out, lessons.variant.name, place, habits)
 
 
 def examine(model: ViPLLaVA, lessons: Lessons, batch: int = 50) -> list[bool]:

@@ -20,6 +20,7 @@ from evals.benchmark import Benchmark, ask, flags, prepare, report, right, row, 
 
 PUBLISHED = {"base 7B tuned on VCR": "Q->A 87.7, QA->R 89.8, Q->AR 78.9"}
 
+
 def tags(record: dict, sample: Sample) -> dict[str, str]:
     count = len(sample.markers)
     return {"markers": str(count) if count < 6 else "6 or more", "asks": str(record["question"][0]).split()[0].lower()}

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-import train
 from chat import IMAGE
 from clip import VisionConfig
 from data import scenes
@@ -24,10 +23,7 @@ def small():
     """A random model of 9 patches, and its tokenizer."""
     vision = VisionConfig(image_size=24, patch_size=8, width=20, layers=2, heads=5, mlp=28)
     text = LlamaConfig(1024, width=24, layers=3, heads=4, kv_heads=2, mlp=36, context=256)
-    old, train.TINY = train.TINY, ViPLLaVAConfig(vision, text, feature_layers=(-2, 1))
-    model, tokenizer = tiny_model(Recipe("markers", steps=1, side=64))
-    train.TINY = old
-    return model, tokenizer
+    return tiny_model(Recipe("markers", steps=1, side=64), ViPLLaVAConfig(vision, text, feature_layers=(-2, 1)))
 
 
 def examples(small, mix="markers", seed=0):

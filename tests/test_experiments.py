@@ -10,7 +10,6 @@ import torch
 
 import checkpoint
 import contrast
-import train
 from chat import IMAGE
 from clip import VisionConfig, preprocess
 from commandline import run
@@ -32,10 +31,7 @@ def small():
     """A random model of 9 patches and 3 blocks, and its tokenizer."""
     vision = VisionConfig(image_size=24, patch_size=8, width=20, layers=3, heads=5, mlp=28)
     text = LlamaConfig(1024, width=24, layers=2, heads=4, kv_heads=2, mlp=36, context=256)
-    old, train.TINY = train.TINY, ViPLLaVAConfig(vision, text, feature_layers=(-2, 1))
-    model, tokenizer = tiny_model(Recipe("markers", steps=1, side=64))
-    train.TINY = old
-    return model.eval(), tokenizer
+    return tiny_model(Recipe("markers", steps=1, side=64), ViPLLaVAConfig(vision, text, feature_layers=(-2, 1)))
 
 
 def lessons(n, split="train"):
@@ -195,6 +191,8 @@ def test_intervals_are_student_s_over_seeds_and_wilson_s_of_one():
     assert said["low"] == pytest.approx(85 - reach, abs=0.01) and said["high"] == pytest.approx(85 + reach, abs=0.01)
     alone = row("s", 3, seeds[:1], 0.25)
     assert (alone["low"], alone["high"], alone["seeds"]) == (71.12, 86.66, 1)
+    shares = row("s", 3, [[0.5] * 100], 0.0)  # parts of answers are no right and wrong: Wilson's would be 40 to 60
+    assert (shares["low"], shares["high"]) == (50, 50)
 
 
 PLAN = Plan(lessons=6, steps=2, exercises=16, seeds=2, probed=128, clip_steps=1)
@@ -209,8 +207,11 @@ def test_every_variant_of_overlay_has_rows_and_nothing_is_done_twice(small, tmp_
     rows = list(experiments.overlay(lab(small, tmp_path)))
     assert [r["x"] for r in rows] == ["all", *KINDS] * 4 and {r["seeds"] for r in rows} == {2}
     assert len({r["series"] for r in rows}) == 4 and all(r["n"] == (16 if r["x"] == "all" else 2) for r in rows)
-    monkeypatch.setattr(experiments, "teach", None)  # would fail
-    assert list(experiments.overlay(lab(small, tmp_path))) == rows
+    taught = []
+    monkeypatch.setattr(experiments, "teach", lambda *args: (taught.append(args[-1].name), args[-1].mkdir(parents=True)))
+    assert list(experiments.overlay(lab(small, tmp_path))) == rows and not taught
+    list(experiments.layers(lab(small, tmp_path)))  # its first is overlay's first, "last" and "deep four" are depths, too
+    assert len(taught) == len(set(taught)) == 2 * 4
 
 
 def test_layers_take_each_depth_alone(small, tmp_path, monkeypatch):
@@ -237,6 +238,9 @@ def test_a_command_writes_results_and_refuses_other_flags(small, tmp_path, capsy
         assert run(main, [name, *command, str(tmp_path / "out")]) == 0
         said = json.loads((tmp_path / "out" / f"{name}.json").read_text())
         assert len(said["rows"]) == count and said["experiment"] == name and said["exercises"] == 16
+    torch.nn.init.normal_(small[0].llama.norm.weight)
+    checkpoint.save(*small, tmp_path / "model")  # trained anew under its name
+    assert run(main, ["kinds", *command, str(tmp_path / "out")]) == 2
     out, err = capsys.readouterr()
     assert "rectangle" in out and "pip install -r requirements-figures.txt" in err
     assert run(main, ["kinds", *command, str(tmp_path / "out"), "--seeds", "2"]) == 2
@@ -257,7 +261,8 @@ def test_panels_join_what_shares_its_values():
     rows = [row(series, x, [[1.0, 0.0]], 0.1) for series in ("a", "b") for x in ("p", "q")]
     rows += [row("c", x, [[1.0, 0.0]], 0.1) | {"unit": "pixels"} for x in (1, 2)]
     rows += [row("d", x, [[1.0, 0.0]], 0.1) | {"unit": "degrees"} for x in (1, 2)]
-    assert [list(panel) for panel in figures.panels(rows)] == [["a", "b"], ["c"], ["d"]]
+    rows += [row("e", x, [[1.0, 0.0]], 0.2) for x in ("p", "q")]  # another chance than a's and b's
+    assert [list(panel) for panel in figures.panels(rows)] == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
 def test_tables_have_a_line_a_series(tmp_path, capsys):

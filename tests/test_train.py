@@ -46,9 +46,7 @@ def tinier_model(monkeypatch):
 def base(tmp_path_factory):
     """A folder with such a model, random, from which processes can start."""
     folder = tmp_path_factory.mktemp("base") / "base"
-    old, train.TINY = train.TINY, TINIER
-    checkpoint.save(*tiny_model(Recipe("markers", steps=1, side=64)), folder)
-    train.TINY = old
+    checkpoint.save(*tiny_model(Recipe("markers", steps=1, side=64), TINIER), folder)
     return folder
 
 
