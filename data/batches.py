@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from chat import Turn, encode_chat
 from clip import preprocess
-from data import benchmarks, scenes
+from data import benchmarks, questions, scenes
 from data.records import BadRecord, Records, Sample
 from overlay import draw
 from tokenizer import Tokenizer
@@ -32,7 +32,7 @@ def text_sample(generator: np.random.Generator, size: tuple[int, int]) -> Sample
     """What is said about some scene, without its picture: for a language model that can't speak yet. Half of the time a
     caption stands in the picture's place, so that there is something to read the answer from."""
     if generator.random() < 0.5:
-        return scenes.told_sample(generator, size)
+        return questions.told_sample(generator, size)
     names = [name for name in SCENES if name != "texts"]
     first, *others = SCENES[names[generator.integers(len(names))]](generator, size).turns
     return Sample(None, (), (replace(first, image=False), *others))
@@ -40,12 +40,12 @@ def text_sample(generator: np.random.Generator, size: tuple[int, int]) -> Sample
 
 SCENES = {
     "texts": text_sample,
-    "captions": scenes.caption_sample,
-    "markers": scenes.marker_sample,
-    "marked": scenes.marked_caption_sample,
+    "captions": questions.caption_sample,
+    "markers": questions.marker_sample,
+    "marked": questions.marked_caption_sample,
     # wider strokes, easier to begin with
-    "bold-markers": functools.partial(scenes.marker_sample, distribution=scenes.BOLD),
-    "bold-marked": functools.partial(scenes.marked_caption_sample, distribution=scenes.BOLD),
+    "bold-markers": functools.partial(questions.marker_sample, distribution=scenes.BOLD),
+    "bold-marked": functools.partial(questions.marked_caption_sample, distribution=scenes.BOLD),
     # what the official data sets ask: v7w, pointQA_twice, vcr, refcocog, vg_rel, flickr30k
     **{kind: functools.partial(benchmarks.sample, kind) for kind in (*benchmarks.KINDS, "vcr-choice")},
     "vip-bench": benchmarks.vip_sample,

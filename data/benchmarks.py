@@ -31,8 +31,9 @@ from chat import Turn
 from commandline import Parser, run
 from data import scenes
 from data.records import Sample, annotate
-from data.scenes import (DIGITS, LETTERED, LETTERS, SPLITS, Object, Scene, describe, flat, is_clear, look_of, position,
-                         relation, render, sample_scene)  # fmt: skip
+from data.scenes import (DIGITS, LETTERED, LETTERS, SPLITS, Object, Scene, describe, is_clear, look_of, position, relation,
+                         render, sample_scene)  # fmt: skip
+from data.write import flat, staged
 from overlay import KINDS as MARKERS
 from overlay import draw, phrase
 
@@ -278,7 +279,7 @@ def file_name(official: str, split: str) -> str:
 
 def write(out: str | Path, n: int, seed: int = 0, side: int = 224, split: str = "test") -> None:
     """n pictures of each kind, and the records about them, into a new or empty folder; all or nothing."""
-    with scenes.staged(out, n, side) as folder:
+    with staged(out, n, side) as folder:
         (folder / "vcr").mkdir()
         for number, (kind, (make, official)) in enumerate(KINDS.items(), 1):
             records = []

@@ -1,45 +1,27 @@
-"""Scenes of coloured objects whose truth is known exactly: what the tiny model learns from, and is tested on.
+"""Scenes of coloured objects whose truth is known exactly: the small world that is learned from, and tested on.
 
 A photograph has to be annotated; a drawn scene annotates itself. Each one holds 2-6 objects, each a shape in a color,
-each in its own cell of a 3 x 3 grid, so that "bottom left" names one object and no two objects touch. From a scene
-come its picture, its caption, and questions about objects that a visual prompt points out:
+each in its own cell of a 3 x 3 grid, so that "bottom left" names one object and no two objects touch:
 
-    sample_scene   generator               -> Scene     what is where: all the randomness
-    render         Scene                   -> image     the same scene is always the same picture
-    caption        Scene                   -> "top left: a red star. center: a large blue ring."
-    marker_sample  generator, size, kinds  -> Sample    "What is within the red rectangle?" -> "a blue ring"
+    sample_scene  generator -> Scene      what is where: all the randomness
+    render        Scene     -> image      the same scene is always the same picture
+    caption       Scene     -> "top left: a red star. center: a large blue ring."
+    marked_scene  generator -> Scene, some of its objects, and for each a marker: seen, and told from the others
 
-Samplers make a Sample(image, markers, turns): `caption_sample`; `marked_caption_sample`, which mentions markers;
-`marker_sample`; and `test_sample` (one marker, one question). Its image is unmarked: overlay.draw marks it.
+What may be asked about them is in questions.py; benchmarks.py asks as the paper's data sets do; write.py makes files.
 
 Two pitfalls. A marker may vanish in what it lies on (a red point on a red star): then it is sampled again. And two
 markers in one image must be told apart by their words: their kinds differ, or both have named and unlike colors.
-
-    python -m data.scenes write OUT -n 100 --split test    official records: RefCOCOg regions and LLaVA captions
-    python -m data.scenes houses OUT -n 200                a task to fine-tune on, in our own format
-    python -m data.scenes sheet sheet.png                  twelve samples with their questions, to look at
-    python -m data.scenes example examples/scene.png       one fixed scene, and
-    python -m data.scenes markers examples/markers.png     the eight markers on it
 """
-import contextlib
-import json
 import math
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from pathlib import Path
-from textwrap import wrap
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from chat import Turn
-from commandline import Parser, run
-from data.records import Sample
-from overlay import KINDS, RELEASED, Distribution, Marker, Region, draw, phrase, sample_marker
+from overlay import KINDS, RELEASED, Distribution, Marker, Region, phrase, sample_marker
 
 # -- what a scene may hold; all lengths in parts of the image's shorter side -----------------------------------------
 # No triangle: "the red triangle" would name both an object and a marker. No gray: backgrounds are grayish.
@@ -63,10 +45,7 @@ BOLD = Distribution(alpha=(0.7, 1), mask_alpha=(0.3, 0.5), rectangle_width=(6, 1
                     scribble_width=(7, 12), contour_width=(3, 5), arrow_width=(5, 8), arrow_length=(1.0, 110),
                     arrow_head=(0.35, 0.5), arrow_head_min=18)
 
-# -- what is asked ---------------------------------------------------------------------------------------------------
-P_MARKERS = (0.4, 0.3, 0.3)                  # that one, two, three objects are marked
-P_THIS, P_COLOR, P_SHAPE = 0.25, 0.08, 0.08  # "What is this?" (one marker only), "What color …", "What shape …"
-P_WHERE, P_RELATION, P_DESCRIBE = 0.5, 0.5, 0.15  # further turns: where each is, how two are related, the whole image
+P_MARKERS = (0.4, 0.3, 0.3)   # that one, two, three objects are marked
 CLEAR = 1.3           # how many times the smaller of two offsets, or of two differences in color, the larger must be
 CONTRAST = 80         # alpha x distance in RGB, between a marker and what lies under it
 MASKED = 45           # distance in RGB, between an object's color and its tint under a mask
@@ -345,66 +324,18 @@ def relation(a: Object, b: Object) -> str:
     return f"The {a.color} {a.shape} is {word} the {b.color} {b.shape}."
 
 
-# -- samples ---------------------------------------------------------------------------------------------------------
+def is_clear(a: Object, b: Object) -> bool:
+    """Is one offset between their centers so much longer than the other that the relation is no close call?"""
+    short, long = sorted(abs(p - q) for p, q in zip(a.center, b.center))
+    return long >= CLEAR * short
+
+
+# -- randomness, and markers ------------------------------------------------------------------------------------------
 def generator_for(split: str, seed: int, index: int) -> np.random.Generator:
     """The random stream of one sample: no split shares one, and neither workers nor resuming change it."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
     return np.random.default_rng([SPLITS[split], seed, index])
-
-
-def caption_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224)) -> Sample:
-    """An image and its caption, nothing asked: the plain template's pair."""
-    scene = sample_scene(generator, size)
-    return Sample(partial(render, scene), (), (Turn("", caption(scene), image=True),))
-
-
-def marked_caption_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224),
-                          kinds: Sequence[str] = KINDS, distribution: Distribution = RELEASED) -> Sample:
-    """The same of an image with one to three markers, which the caption mentions: what a marker is, and where."""
-    scene, things, markers = marked_scene(generator, size, kinds, None, distribution)
-    return Sample(partial(render, scene), markers, (Turn("", caption(scene, zip(things, map(phrase, markers))), image=True),))
-
-
-def test_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224), kind: str = "arrow",
-                distribution: Distribution = RELEASED) -> Sample:
-    """One marker of this kind, "What is {phrase}?", one right answer: the held-out accuracy counts exact matches."""
-    scene = sample_scene(generator, size)
-    (thing,), (marker,) = sample_markers(generator, scene, 1, (kind,), distribution)
-    return Sample(partial(render, scene), (marker,), (Turn(f"What is {phrase(marker)}?", describe(thing), image=True),))
-
-
-test_sample.__test__ = False   # pytest would take it for a test
-
-
-def marker_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224), kinds: Sequence[str] = KINDS,
-                  n_markers: int | None = None, distribution: Distribution = RELEASED) -> Sample:
-    """One to three marked objects; what each is, perhaps where, how two are related, and the whole, in any order."""
-    scene, things, markers = marked_scene(generator, size, kinds, n_markers, distribution)
-    return Sample(partial(render, scene), markers, _dialogue(generator, scene, things, markers))
-
-
-def told_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224)) -> Sample:
-    """The same questions without a picture: its caption stands in its place, for a language model that learns to read."""
-    scene, things, markers = marked_scene(generator, size)
-    first, *others = _dialogue(generator, scene, things, markers)
-    said = caption(scene, zip(things, map(phrase, markers)))
-    return Sample(None, (), (Turn(f"{said}\n{first.question}", first.answer), *others))
-
-
-def _dialogue(generator, scene, things, markers) -> tuple[Turn, ...]:
-    asked, alone = [], len(things) == 1
-    for thing, marker in zip(things, markers):
-        asked.append(_question(generator, thing, marker, alone))
-        if generator.random() < P_WHERE:
-            which = "this" if alone and generator.random() < P_THIS else f"the object {phrase(marker)}"
-            asked.append((f"Where is {which}?", position(scene, thing)))
-    if len(things) == 2 and is_clear(*things) and generator.random() < P_RELATION:
-        asked.append(_related(generator, things, markers))
-    if generator.random() < P_DESCRIBE:
-        asked.append(("Describe the image.", caption(scene)))
-    asked = [asked[i] for i in generator.permutation(len(asked))]
-    return tuple(Turn(question, answer, image=i == 0) for i, (question, answer) in enumerate(asked))
 
 
 class NoMarkerError(ValueError):
@@ -470,169 +401,3 @@ def _is_visible(marker, thing, scene):
     if marker.kind not in ("rectangle", "ellipse"):
         under = (*under, thing.rgb)
     return all(_far(marker, rgb, CONTRAST, marker.alpha) for rgb in under)
-
-
-def _question(generator, thing, marker, alone):
-    choice = generator.random()
-    if alone and choice < P_THIS:
-        return "What is this?", describe(thing)
-    choice = generator.random()
-    if choice < P_COLOR:
-        return f"What color is the object {phrase(marker)}?", thing.color
-    if choice < P_COLOR + P_SHAPE:
-        return f"What shape is the object {phrase(marker)}?", thing.shape
-    return f"What is {phrase(marker)}?", describe(thing)
-
-
-def is_clear(a, b):
-    short, long = sorted(abs(p - q) for p, q in zip(a.center, b.center))
-    return long >= CLEAR * short
-
-
-def _related(generator, things, markers):
-    """About "the two", the left or upper one first, or about two phrases, in either order."""
-    if generator.random() < 0.5:
-        said = relation(*things)
-        return "How are the two related?", said if "left of" in said or "above" in said else relation(*things[::-1])
-    i, j = generator.permutation(2)
-    question = f"How are the objects {phrase(markers[i])} and {phrase(markers[j])} related?"
-    return question, relation(things[i], things[j])
-
-
-# -- commands --------------------------------------------------------------------------------------------------------
-def write(out: str | Path, n: int, seed: int = 0, side: int = 224, split: str = "test") -> None:
-    """n scenes as official records: OUT/images/*.png, OUT/regions.json (RefCOCOg), OUT/captions.json (LLaVA)."""
-    with staged(out, n, side) as folder:
-        regions, captions = [], []
-        for i in range(n):
-            generator = generator_for(split, seed, i)
-            scene = sample_scene(generator, (side, side))
-            thing = scene.objects[generator.integers(len(scene.objects))]
-            image = f"images/{i:06d}.png"
-            render(scene).save(folder / image)
-            regions.append({"id": f"refcocog-{i}", "image": image, "bboxes": [thing.box],
-                            "segmentations": [[flat(thing)]], "answer": describe(thing)})
-            captions.append({"id": f"scene-{i}", "image": image,
-                             "conversations": [{"from": "human", "value": "<image>"},
-                                               {"from": "gpt", "value": caption(scene)}]})
-        for name, records in (("regions", regions), ("captions", captions)):
-            (folder / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n")
-
-
-def houses(out: str | Path, n: int, seed: int = 0, side: int = 224) -> None:
-    """A task that no weights of ours know, in our own format: OUT/train.json and OUT/test.json, n records each, about
-    scenes with houses in them. In every other one it is a house that is asked about."""
-    with staged(out, n, side) as folder:
-        for split in ("train", "test"):
-            records = []
-            for i in range(n):
-                generator = generator_for(split, seed, i)
-                others = generator.permutation(list(SHAPES))[:3].tolist()
-                scene = sample_scene(generator, (side, side), n=int(generator.integers(3, 6)), shapes=("house", *others))
-                wanted = [t for t in scene.objects if (t.shape == "house") == (i % 2 == 0)] or scene.objects
-                thing = wanted[generator.integers(len(wanted))]
-                image = f"images/{split}-{i:06d}.png"
-                render(scene).save(folder / image)
-                records.append({"id": f"house-{i}", "image": image,
-                                "regions": [{"box": thing.box, "polygons": [flat(thing)]}],
-                                "conversations": [{"from": "human", "value": "What is <region0>?"},
-                                                  {"from": "gpt", "value": describe(thing)}]})
-            (folder / f"{split}.json").write_text(json.dumps(records, indent=1) + "\n")
-
-
-def flat(thing):
-    return [value for point in thing.polygon for value in point]
-
-
-@contextlib.contextmanager
-def staged(out, n, side):
-    """A folder beside `out` to write into, renamed when complete; `out` must be new or empty."""
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not an empty folder; expected a new or an empty one")
-    if n < 1 or side < 32:
-        raise ValueError(f"n is {n} and size {side}; expected at least 1 image of at least 32 pixels")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        (staging / "images").mkdir()
-        yield staging
-        staging.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def sheet(path: str | Path, seed: int = 0, side: int = 224, columns: int = 4) -> None:
-    """Twelve marked samples with their questions and answers, as one image."""
-    line = 12
-    samples = [marker_sample(generator_for("val", seed, i), (side, side), kinds=(kind,))
-               for i, kind in enumerate((KINDS * 2)[:12])]
-    texts = ["\n".join(row for turn in sample.turns for row in wrap(f"{turn.question} {turn.answer}", side // 6))
-             for sample in samples]
-    tile = side + 8, side + line * (2 + max(text.count("\n") for text in texts))
-    page = Image.new("RGB", (columns * tile[0], len(samples) // columns * tile[1]), "white")
-    for i, (sample, text) in enumerate(zip(samples, texts)):
-        x, y = i % columns * tile[0], i // columns * tile[1]
-        page.paste(draw(sample.image, sample.markers), (x, y))
-        ImageDraw.Draw(page).text((x + 2, y + side + 2), text, fill="black", spacing=2)
-    page.save(path)
-
-
-def example_scene() -> Scene:
-    """The fixed scene of the README: 448 x 448, five objects placed by hand."""
-    objects = (make_object("star", "red", "large", (104, 112), 72, -0.15),
-               make_object("ring", "blue", "large", (322, 92), 66),
-               make_object("heart", "yellow", "large", (232, 232), 62, 0.1),
-               make_object("moon", "white", "small", (96, 350), 54, -0.2),
-               make_object("cross", "green", "large", (352, 346), 66, 0.2))
-    return Scene((448, 448), objects, Background("gradient", ((112, 118, 132), (160, 150, 142)), (0.2, 0.3)))
-
-
-def eight_markers(path: str | Path, side: int = 224) -> None:
-    """The fixed scene eight times, each time with another marker on its heart, and the words that point at it."""
-    scene, generator = example_scene(), generator_for("val", 0, 3)
-    heart = next(thing for thing in scene.objects if thing.shape == "heart")
-    page = Image.new("RGB", (4 * (side + 8) - 8, 2 * (side + 24)), "white")
-    region = Region(box=heart.box, polygons=(heart.polygon,))
-    colors = ("red", "blue", "purple", "fuchsia", "blue", "red", "blue", "lime")
-    for i, (kind, color) in enumerate(zip(KINDS, colors)):
-        marker = sample_marker(region, scene.size, generator, kind, color, BOLD)
-        x, y = i % 4 * (side + 8), i // 4 * (side + 24)
-        page.paste(draw(render(scene), [marker]).resize((side, side), Image.Resampling.BICUBIC), (x, y))
-        ImageDraw.Draw(page).text((x + 2, y + side + 4), phrase(marker), fill="black")
-    page.save(path)
-
-
-def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m data.scenes", description="Synthetic scenes with exact truth.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("write", help="write scenes as official records")
-    command.add_argument("out", help="a new or empty folder")
-    command.add_argument("-n", type=int, default=100, help="images (100)")
-    command.add_argument("--seed", type=int, default=0, help="0 or more (0)")
-    command.add_argument("--size", type=int, default=224, help="side of an image in pixels (224)")
-    command.add_argument("--split", choices=SPLITS, default="test", help="which scenes (test)")
-    command = commands.add_parser("houses", help="records of a task that no weights of ours know")
-    command.add_argument("out", help="a new or empty folder")
-    command.add_argument("-n", type=int, default=200, help="records to train on, and as many to test (200)")
-    pictures = {"sheet": ("twelve samples to look at", sheet),
-                "example": ("one fixed scene", lambda path: render(example_scene()).save(path)),
-                "markers": ("the eight markers on it", eight_markers)}
-    for name, (text, _) in pictures.items():
-        commands.add_parser(name, help=text).add_argument("out", help="the image to write, such as out.png")
-    args = parser.parse_args(argv)
-    if args.command == "write":
-        if args.seed < 0:
-            raise ValueError(f"seed is {args.seed}; expected 0 or more")
-        write(args.out, args.n, args.seed, args.size, args.split)
-    elif args.command == "houses":
-        houses(args.out, args.n)
-    else:
-        pictures[args.command][1](args.out)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -28,7 +28,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -274,7 +274,7 @@ def _clip(lab: Lab, name: str, config: VisionConfig) -> dict:
     model, tokenize = contrast.tiny_clip(0, config)
     model.to(device)
     pairs = contrast.Pairs(tokenize, config, 0, lab.side)
-    recipe = train.Recipe(train="contrast", steps=lab.plan.clip_steps, batch=64, weight_decay=0.05)
+    recipe = replace(train.read_recipe("tiny-clip"), steps=lab.plan.clip_steps)
     task = train.Task(contrast.Contrast(model, torch.float32), pairs, publish=lambda state: None)
     train.train(task, recipe, folder, name, Place(device, 0, 1), train.Habits(log_every=200, keep=1))
     table = probes.table(model.vision_model.eval(), lab.plan.probed, 0, lab.side)["kind"]

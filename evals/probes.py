@@ -3,7 +3,7 @@
     python -m evals.probes --model tiny                  the image tower of a ViP-LLaVA
     python -m evals.probes --clip runs/clip -n 8000      of a CLIP
 
-Scenes with one marker each. Probes are logistic regressions, trained on one part of the scenes and tested on the
+Scenes with one marker each, of all kinds; for the direction, arrows only. Probes are logistic regressions, trained on one part of the scenes and tested on the
 other; a table gives the tested accuracy in percent for every depth, beside the chance of naming the commonest answer.
 
     kind            which of the eight markers         \
@@ -46,9 +46,9 @@ def middle(marker: Marker, size: tuple[int, int]) -> tuple[float, float]:
     return float(x.mean()), float(y.mean())
 
 
-def marked_scene(i: int, split: str, seed: int, side: int):
+def marked_scene(i: int, split: str, seed: int, side: int, kinds: Sequence[str] = KINDS):
     """A marked image, and the number of the right answer to each question; direction: only if it is an arrow."""
-    generator, kind = generator_for(split, seed, i), KINDS[i % len(KINDS)]
+    generator, kind = generator_for(split, seed, i), kinds[i % len(kinds)]
     while True:
         scene = sample_scene(generator, (side, side))
         try:
@@ -66,15 +66,15 @@ def marked_scene(i: int, split: str, seed: int, side: int):
 
 
 @torch.no_grad()
-def look(tower: CLIPVision, numbers: Sequence[int], split: str, seed: int, side: int, batch: int = 64):
-    """Of every depth: pooled features (L + 1, n, 2C), and patches of the first scenes (L + 1, m, N, C); for each
-    question the answers (n,), -1 where there is none, and the number of the patch (m,) with the marker's middle."""
+def look(tower: CLIPVision, n: int, split: str, seed: int, side: int, kinds: Sequence[str] = KINDS, batch: int = 64):
+    """Of n scenes and every depth: pooled features (L + 1, n, 2C), and patches of the first ones (L + 1, m, N, C); for
+    each question the answers (n,), -1 where there is none, and the number of the patch (m,) with the marker's middle."""
     device, S = tower.class_embedding.device, tower.config.image_size
     grid = S // tower.config.patch_size
     pooled, patches, truths, places = [], [], [], []
     layers = tuple(range(tower.config.layers + 1))
-    for first in range(0, len(numbers), batch):
-        images, answers = zip(*(marked_scene(i, split, seed, side) for i in numbers[first : first + batch]))
+    for first in range(0, n, batch):
+        images, answers = zip(*(marked_scene(i, split, seed, side, kinds) for i in range(first, min(first + batch, n))))
         pixels = torch.stack([preprocess(image, S) for image in images]).to(device, tower.class_embedding.dtype)
         states = torch.stack(tower.hidden_states(pixels, layers)).float()  # (L + 1, B, 1 + N, C)
         states = states[:, :, 1:].cpu()  # a language model never sees the class token
@@ -134,14 +134,13 @@ def place(x: torch.Tensor, y: torch.Tensor, test_x: torch.Tensor, test_y: torch.
 
 def table(tower: CLIPVision, n: int, seed: int, side: int) -> dict[str, dict]:
     """Question -> accuracy at each depth, its 95 % intervals, and chance, in percent; tested on n // 2 scenes."""
-    x, patches, y, places = look(tower, range(n), "val", seed, side)
-    test_x, test_patches, test_y, test_places = look(tower, range(n // 2), "test", seed, side)
     results = {}
-    for name in QUESTIONS:
-        here, there = y[name] >= 0, test_y[name] >= 0
-        m, commonest = int(there.sum()), y[name][here].mode().values
-        counts = [probe(x[k, here], y[name][here], test_x[k, there], test_y[name][there]) for k in range(len(x))]
-        results[name] = _row(counts, int((test_y[name][there] == commonest).sum()), m)
+    for kinds, names in ((("arrow",), ("direction",)), (KINDS, ("kind", "color", "shape"))):
+        x, patches, y, places = look(tower, n, "val", seed, side, kinds)
+        test_x, test_patches, test_y, test_places = look(tower, n // 2, "test", seed, side, kinds)
+        for name in names:
+            counts = [probe(x[k], y[name], test_x[k], test_y[name]) for k in range(len(x))]
+            results[name] = _row(counts, int((test_y[name] == y[name].mode().values).sum()), n // 2)
     near = beside(torch.arange(tower.config.patches), test_places, tower.config)  # (N, m)
     counts = [place(patches[k], places, test_patches[k], test_places, tower.config) for k in range(len(x))]
     results["position"] = _row(counts, int(near.sum(dim=1).max()), len(test_places))

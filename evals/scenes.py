@@ -16,7 +16,7 @@ import torch
 
 import checkpoint
 from commandline import Parser, check_device, run
-from data import scenes
+from data import questions, scenes
 from evals.benchmark import answer, interval
 from overlay import KINDS
 
@@ -30,7 +30,7 @@ def evaluate(model, tokenizer, n: int, *, source="markers", split="test", seed=0
         names = [KINDS[i % len(KINDS)] if source == "markers" else source for i in group]
         samples = []
         for i, name in zip(group, names):
-            make = scenes.caption_sample if name == "captions" else functools.partial(scenes.test_sample, kind=name)
+            make = questions.caption_sample if name == "captions" else functools.partial(questions.test_sample, kind=name)
             samples.append(make(scenes.generator_for(split, seed, i), size))
         if unmarked:
             samples = [replace(sample, markers=()) for sample in samples]

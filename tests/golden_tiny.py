@@ -22,7 +22,8 @@ import checkpoint
 from chat import IMAGE, encode_chat
 from clip import preprocess
 from data.batches import Examples, SceneSource, collate
-from data.scenes import generator_for, test_sample
+from data.questions import test_sample
+from data.scenes import generator_for
 from make_golden import our_whole_name
 from overlay import KINDS, draw
 from tokenizer import Tokenizer

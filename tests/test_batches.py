@@ -10,7 +10,7 @@ from PIL import Image
 
 from chat import IMAGE
 from clip import VisionConfig
-from data import scenes
+from data import questions, scenes
 from data.batches import POOL, Examples, RecordSource, SceneSource, batches, collate, encode, parse_mix
 from data.records import BadRecord
 from llama import LlamaConfig
@@ -34,7 +34,7 @@ def test_labels_are_exactly_the_answers(small):
     """Guards against labels shifted by the expansion of the image, against a trained question, an untrained end."""
     model, tokenizer = small
     for index in range(20):
-        sample = scenes.marker_sample(scenes.generator_for("train", 0, index), (64, 64))
+        sample = questions.marker_sample(scenes.generator_for("train", 0, index), (64, 64))
         ids, labels, pixels = encode(sample, tokenizer, model.config)
         assert len(ids) == len(labels) and pixels.shape == (3, 24, 24)
         assert ids.count(IMAGE) == model.config.vision.patches == 9

@@ -4,7 +4,7 @@ import pytest
 
 import evals.scenes as scenes_eval
 from commandline import run
-from data import scenes
+from data import questions, scenes
 from evals.scenes import chance, evaluate, interval
 from overlay import KINDS
 
@@ -34,14 +34,14 @@ def test_unmarked_asks_the_same_without_markers(monkeypatch):
 def test_held_out_scenes_are_not_those_of_training():
     """Guards against a test split that repeats the training stream."""
     generators = [scenes.generator_for(split, 0, 0) for split in scenes.SPLITS]
-    pictures = {scenes.test_sample(generator, (64, 64), "point").image.tobytes() for generator in generators}
+    pictures = {questions.test_sample(generator, (64, 64), "point").image.tobytes() for generator in generators}
     assert len(pictures) == len(scenes.SPLITS) == 3
 
 
 def test_chance_is_one_over_the_objects_of_the_scenes_asked_about():
     """Guards against a chance level of other scenes: the objects are counted again from the caption of the same ones."""
     n = 30
-    captions = [scenes.caption_sample(scenes.generator_for("test", 0, i), (64, 64)).turns[0].answer for i in range(n)]
+    captions = [questions.caption_sample(scenes.generator_for("test", 0, i), (64, 64)).turns[0].answer for i in range(n)]
     assert chance(n, side=64) == pytest.approx(sum(1 / caption.count(".") for caption in captions) / n)
 
 

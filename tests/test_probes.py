@@ -65,12 +65,13 @@ def test_the_patch_in_the_middle_is_looked_at(monkeypatch):
         return [numbers] * len(layers)
 
     monkeypatch.setattr(tower, "hidden_states", states)
-    pooled, patches, answers, places = look(tower, range(70), "test", 0, 60)
+    pooled, patches, answers, places = look(tower, 70, "test", 0, 60)
     assert pooled.shape == (3, 70, 48) and patches.shape == (3, 70, 9, 24)
     for i in range(70):
         x, y = marked_scene(i, "test", 0, 60)[1]["place"]
         assert places[i] == 3 * int(3 * y) + int(3 * x) and pooled[0, i, 0] == places[i] + 1 and pooled[0, i, 24] == 5
     assert (answers["direction"] >= 0).tolist() == [i % 8 == KINDS.index("arrow") for i in range(70)]
+    assert (look(tower, 70, "test", 0, 60, ("arrow",))[2]["direction"] >= 0).all()
 
 
 def test_the_command_prints_a_row_for_each_question(tmp_path, capsys):

@@ -15,7 +15,8 @@ from cases import TRAINING_STEPS, fingerprint, load_golden
 from chat import encode_chat
 from clip import preprocess
 from data.batches import Examples, SceneSource, collate
-from data.scenes import generator_for, test_sample
+from data.questions import test_sample
+from data.scenes import generator_for
 from evals.scenes import evaluate
 from overlay import KINDS, draw
 

@@ -20,7 +20,7 @@ from chat import Turn
 from clip import VisionConfig
 from commandline import run
 from conftest import one_line
-from data import scenes
+from data import questions, scenes
 from data.batches import Examples, SceneSource, collate, encode
 from evals.scenes import answer
 from kill_training import kill
@@ -56,7 +56,7 @@ def mine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mine")
     records = []
     for i in range(12):
-        sample = scenes.test_sample(scenes.generator_for("train", 3, i), (64, 64))
+        sample = questions.test_sample(scenes.generator_for("train", 3, i), (64, 64))
         sample.image.save(folder / f"{i}.png")
         talk = [{"from": "human", "value": "What is <region0>?"}, {"from": "gpt", "value": sample.turns[0].answer}]
         records.append({"id": f"mine-{i}", "image": f"{i}.png", "regions": [{"box": [9, 9, 40, 50]}], "conversations": talk})
@@ -353,7 +353,7 @@ def test_a_run_is_a_model_that_loads(tmp_path):
     main(["tiny-markers", "--out", str(tmp_path / "run"), "--steps", "1", *FLAGS])
     model, tokenizer = checkpoint.load(str(tmp_path / "run"), "cpu", torch.float32)
     assert isinstance(model, ViPLLaVA)
-    sample = scenes.test_sample(scenes.generator_for("val", 0, 0), (64, 64))
+    sample = questions.test_sample(scenes.generator_for("val", 0, 0), (64, 64))
     assert len(answer(model, tokenizer, [sample], 8)) == 1
 
 
