@@ -35,7 +35,8 @@ from chat import TEMPLATES, encode_chat, stop_ids
 from clip import preprocess
 from commandline import Parser, check_device
 from data.index import JSONFile
-from data.records import MALFORMED, BadRecord, Plan, Sample, bad_record, to_sample
+from data.readers import Plan
+from data.records import MALFORMED, BadRecord, Sample, bad_record, to_sample
 from evals.scorers import exact
 from hub import NAMES, find
 from overlay import draw

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from commandline import run
-from data.records import READERS, Plan, Sample
+from data.readers import READERS, Plan
+from data.records import Sample
 from evals.benchmark import Benchmark, ask, flags, prepare, report, right, row, rows, size_of_region
 from evals.scorers import normalise
 from overlay import EVALUATION

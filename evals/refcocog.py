@@ -23,7 +23,8 @@ import numpy as np
 
 from commandline import run
 from data.index import JSONFile
-from data.records import Plan, Sample, boxes_of, field
+from data.readers import Plan, boxes_of, field
+from data.records import Sample
 from evals.benchmark import Benchmark, ask, flags, prepare, replace_file, report, rows, size_of_region
 from evals.scorers import cider_d
 from overlay import EVALUATION, KINDS

@@ -15,7 +15,8 @@ import sys
 from functools import partial
 
 from commandline import run
-from data.records import Sample, vcr_choice
+from data.readers import vcr_choice
+from data.records import Sample
 from evals.benchmark import Benchmark, ask, flags, prepare, report, right, row, rows
 
 PUBLISHED = {"base 7B tuned on VCR": "Q->A 87.7, QA->R 89.8, Q->AR 78.9"}

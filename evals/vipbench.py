@@ -26,7 +26,8 @@ import numpy as np
 
 from commandline import run
 from data.index import JSONFile
-from data.records import Plan, Sample, field
+from data.readers import Plan, field
+from data.records import Sample
 from evals.benchmark import Benchmark, ask, flags, prepare, read_json, replace_file, report, row, with_bar
 from evals.judge import Cache, Judge, NoGrade
 from evals.scorers import matches

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from commandline import run
-from data.records import READERS, Plan, Sample
+from data.readers import READERS, Plan
+from data.records import Sample
 from evals.benchmark import Benchmark, ask, flags, prepare, report, right, rows, size_of_region
 from overlay import EVALUATION
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from commandline import run
 from data import benchmarks, scenes
-from data.records import LETTER
+from data.readers import LETTER
 from data.scenes import OBJECT_COLORS, SHAPES
 from overlay import phrase
 

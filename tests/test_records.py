@@ -12,7 +12,8 @@ from chat import IMAGE, encode_chat
 from commandline import run
 from data import records
 from data.preview import pieces
-from data.records import BadRecord, Records, annotate, choose_looks, kind_of, to_sample
+from data.readers import kind_of
+from data.records import BadRecord, Records, annotate, choose_looks, to_sample
 from overlay import COLORS, KINDS, phrase
 
 SIZE = (200, 140)
