@@ -5,8 +5,8 @@
 
 A caption tells of two things of a scene, as captions on the web leave much out. A batch of B images has B captions, and
 for each K others that are false in one thing: a shape, a color, a place, or which marker is drawn, and on what. And each
-of the R things in all images has a phrase ("a striped red star within the blue ellipse"). Three questions, whose losses
-are added:
+thing in all images has a phrase ("a striped red star within the blue ellipse"); where there are markers it has others,
+too, that are wrong about them: R phrases. Three questions, whose losses are added:
 
     which caption is whose?             logits (B, B), both ways, as in the paper
     which of its own 1 + K is true?     logits (B, 1 + K)
@@ -36,7 +36,7 @@ from overlay import COLORS, KINDS, NAMES, Marker, Region, draw, phrase, sample_m
 from tokenizer import CLIPTokenizer
 from vipllava import IGNORE
 
-P_MARKED = 0.3  # of the scenes
+P_MARKED = 0.4  # of the scenes
 P_THINGS = (0.2, 0.2, 0.2, 0.15, 0.15, 0.1)  # that an unmarked scene has one, two, … six
 TOLD = 2  # things in a caption at most
 FALSE = 3  # false captions of an image: K
@@ -64,6 +64,7 @@ class Captioned:
     true: str
     false: tuple[str, ...]  # FALSE of them
     phrases: tuple[str, ...]  # of each object of the scene
+    rivals: tuple[str, ...]  # the same objects, wrong about their markers
 
     def image(self) -> Image.Image:
         return draw(render(self.scene), self.markers)
@@ -71,16 +72,19 @@ class Captioned:
 
 def captioned(generator: np.random.Generator, size: tuple[int, int]) -> Captioned:
     if generator.random() < P_MARKED:
-        scene, (thing,), markers = marked_scene(generator, size, n_markers=1, rich=True)
-        told = [Told(thing, *markers)]
+        scene, things, markers = marked_scene(generator, size, rich=True)
+        told = [Told(things[0], markers[0])]
     else:
-        scene, markers, told = sample_scene(generator, size, 1 + int(generator.choice(6, p=P_THINGS)), rich=True), (), []
+        scene, things, markers = sample_scene(generator, size, 1 + int(generator.choice(6, p=P_THINGS)), rich=True), (), ()
+        told = []
     others = [thing for thing in scene.objects if not told or thing is not told[0].thing]
     told += [Told(others[i]) for i in generator.permutation(len(others))[: TOLD - len(told)]]
-    false = (caption_of(scene, falsify(generator, scene, told)) for _ in range(FALSE))
-    words = {id(one.thing): phrase(one.marker) for one in told if one.marker}
-    phrases = tuple(tell(thing, words.get(id(thing))) for thing in scene.objects)
-    return Captioned(scene, markers, caption_of(scene, told), tuple(false), phrases)
+    false = tuple(caption_of(scene, falsify(generator, scene, told)) for _ in range(FALSE))
+    own = {id(thing): phrase(marker) for thing, marker in zip(things, markers)}
+    phrases = tuple(tell(thing, own.get(id(thing))) for thing in scene.objects)
+    rivals = [tell(thing, said) for thing in scene.objects for said in (None, *own.values()) if said != own.get(id(thing))]
+    rivals += [tell(thing, phrase(_mistaken(generator, scene, Told(thing, marker)))) for thing, marker in zip(things, markers)]
+    return Captioned(scene, markers, caption_of(scene, told), false, phrases, tuple(rivals))
 
 
 def caption_of(scene: Scene, told: list[Told]) -> str:
@@ -90,11 +94,6 @@ def caption_of(scene: Scene, told: list[Told]) -> str:
 
 def falsify(generator: np.random.Generator, scene: Scene, told: list[Told]) -> list[Told]:
     """The same, but for one thing that is not so."""
-
-    def another(choices, than):
-        choices = [choice for choice in choices if choice != than]
-        return choices[generator.integers(len(choices))]
-
     told, marker, several = list(told), told[0].marker, len(told) > 1
     i = int(generator.integers(len(told)))
     j = (i + 1) % len(told)
@@ -103,11 +102,11 @@ def falsify(generator: np.random.Generator, scene: Scene, told: list[Told]) -> l
     changes += ["kind", "hue"] * bool(marker) + ["on another"] * bool(marker and several)
     change = changes[generator.integers(len(changes))]
     if change == "shape":
-        told[i] = replace(told[i], thing=replace(thing, shape=another(SHAPES, thing.shape)))
+        told[i] = replace(told[i], thing=replace(thing, shape=_another(generator, SHAPES, thing.shape)))
     elif change == "color":
-        told[i] = replace(told[i], thing=replace(thing, color=another(OBJECT_COLORS, thing.color)))
+        told[i] = replace(told[i], thing=replace(thing, color=_another(generator, OBJECT_COLORS, thing.color)))
     elif change == "place":
-        told[i] = replace(told[i], thing=_moved(scene, thing, another(np.ndindex(3, 3), cell(scene, thing))))
+        told[i] = replace(told[i], thing=_moved(scene, thing, _another(generator, np.ndindex(3, 3), cell(scene, thing))))
     elif change == "exchange":
         other = told[j].thing
         told[i] = replace(told[i], thing=replace(thing, box=other.box))
@@ -115,11 +114,22 @@ def falsify(generator: np.random.Generator, scene: Scene, told: list[Told]) -> l
     elif change == "on another":
         told[0], told[1] = replace(told[0], marker=None), replace(told[1], marker=marker)
     else:
-        region = Region(box=told[0].thing.box, polygons=(told[0].thing.polygon,))
-        kind = another(KINDS, marker.kind) if change == "kind" else marker.kind
-        color = another(COLORS, NAMES.get(marker.color)) if change == "hue" else marker.color
-        told[0] = replace(told[0], marker=sample_marker(region, scene.size, generator, kind, color))
+        told[0] = replace(told[0], marker=_mistaken(generator, scene, told[0], change))
     return told
+
+
+def _another(generator: np.random.Generator, choices, than):
+    choices = [choice for choice in choices if choice != than]
+    return choices[generator.integers(len(choices))]
+
+
+def _mistaken(generator: np.random.Generator, scene: Scene, told: Told, about: str | None = None) -> Marker:
+    """Its marker, but of another kind or hue."""
+    about = about or ("kind", "hue")[generator.integers(2)]
+    region = Region(box=told.thing.box, polygons=(told.thing.polygon,))
+    kind = _another(generator, KINDS, told.marker.kind) if about == "kind" else told.marker.kind
+    color = _another(generator, COLORS, NAMES.get(told.marker.color)) if about == "hue" else told.marker.color
+    return sample_marker(region, scene.size, generator, kind, color)
 
 
 def _moved(scene: Scene, thing: Object, place: tuple[int, int]) -> Object:
@@ -149,9 +159,9 @@ class Pairs(Dataset):
         self._ready.clear()
 
     def __getitem__(self, j: int) -> Example:
-        """ids: of the captions, the true one first, then of the phrases. labels (1 + N,): which phrase is a patch's."""
+        """ids: of the captions, the true one first, then of the phrases and rivals. labels (1 + N,): which phrase is a patch's."""
         pair = self._ready.pop(j, None) or self.pair(j)
-        ids = [self.tokenize.encode(text) for text in (pair.true, *pair.false, *pair.phrases)]
+        ids = [self.tokenize.encode(text) for text in (pair.true, *pair.false, *pair.phrases, *pair.rivals)]
         grid = self.config.image_size // self.config.patch_size
         labels = np.full((grid, grid), IGNORE)
         for k, thing in enumerate(pair.scene.objects):
@@ -162,7 +172,7 @@ class Pairs(Dataset):
         return Example(f"scene {j}", ids, [IGNORE, *labels.flatten().tolist()], preprocess(pair.image(), self.config.image_size))
 
     def collate(self, examples: list[Example]) -> Micro:
-        """ids (B + B K + R, T): true captions, false ones, phrases. labels (B, 1 + N): the phrase's number, or IGNORE."""
+        """ids (B + B K + R, T): true captions, false ones, each scene's phrases and rivals. labels (B, 1 + N): the phrase's number, or IGNORE."""
         captions = [e.ids[k] for k in range(1 + FALSE) for e in examples]
         phrases = [ids for e in examples for ids in e.ids[1 + FALSE :]]
         firsts = np.cumsum([0] + [len(e.ids) - 1 - FALSE for e in examples])
@@ -177,9 +187,10 @@ def fits(model: CLIP, ids: torch.Tensor, labels: torch.Tensor, pixels: torch.Ten
     B = len(pixels)
     (states,) = model.vision_model.hidden_states(pixels, (-1,))  # (B, 1 + N, C)
     seen = F.normalize(model.visual_projection(model.vision_model.post_layernorm(states)), dim=-1)
-    texts = model.logit_scale.exp() * model.encode_text(ids)
-    captions, phrases = texts[: B * (1 + FALSE)], texts[B * (1 + FALSE) :]
-    logits = (seen[:, 0] @ captions.T).float()  # (B, B + B K)
+    texts, phrases = ids[: B * (1 + FALSE)], ids[B * (1 + FALSE) :]
+    phrases = phrases[:, : int((phrases != phrases[:, -1:]).sum(dim=1).max()) + 1]  # they are shorter; end is the padding
+    texts, phrases = (model.logit_scale.exp() * model.encode_text(x) for x in (texts, phrases))
+    logits = (seen[:, 0] @ texts.T).float()  # (B, B + B K)
     own = torch.stack([block.diagonal() for block in logits.split(B, dim=1)], dim=1)
     return own, logits[:, :B], (seen[labels != IGNORE] @ phrases.T).float()
 

@@ -13,6 +13,7 @@ from clip import CLIP, TextConfig, VisionConfig
 from commandline import run
 from contrast import Contrast, Pairs, Told, caption_of, captioned, falsify, held_out_pairs
 from data.scenes import TEXTURES, generator_for, marked_scene, sample_scene
+from overlay import phrase
 from tokenizer import CLIPTokenizer
 from train import Recipe, main, take_tower, tiny_model
 from vipllava import IGNORE
@@ -41,9 +42,12 @@ def test_true_captions_are_true_and_false_ones_false():
         assert facts(pair.true) <= all_true and len(pair.false) == contrast.FALSE
         for text in pair.false:
             assert len(facts(text)) == len(facts(pair.true)) and 1 <= len(facts(text) - all_true) <= 2, (pair.true, text)
+        words = [phrase(one) for one in pair.markers]
+        assert len(pair.rivals) == len(words) * (len(pair.scene.objects) + 1) and not set(pair.rivals) & set(pair.phrases)
+        assert sum(said.endswith(tuple(words)) for said in pair.phrases if words) == len(words)
         marked += marker is not None
         assert pair.image().size == (64, 64)
-    assert 60 < marked < 120
+    assert 80 < marked < 160
 
 
 def test_every_kind_of_falsehood_comes():
@@ -101,18 +105,19 @@ def test_the_loss_is_the_formula(tokenize):
     """Guards against another image's false captions among the choices, a loss of one direction only, patches asked for
     other things' phrases, and rivals of the same words: by probabilities, image after image."""
     model, pairs = small_clip(tokenize), Pairs(tokenize, SMALL, 0, 64)
-    drawn = [pairs.pair(i) for i in range(5)]
+    drawn = [pairs.pair(i) for i in range(8)]
+    assert any(pair.rivals for pair in drawn)
     drawn[1] = replace(drawn[1], phrases=drawn[0].phrases[:1] * len(drawn[1].phrases))  # as if all were alike
     pairs._ready = dict(enumerate(drawn))
-    micro = pairs.collate([pairs[j] for j in range(5)])
-    said = [text for pair in drawn for text in pair.phrases]
-    assert micro.ids.shape[0] == 20 + len(said) and micro.labels.shape == (5, 5)
+    micro = pairs.collate([pairs[j] for j in range(8)])
+    said = [text for pair in drawn for text in (*pair.phrases, *pair.rivals)]
+    assert micro.ids.shape[0] == 8 * 4 + len(said) and micro.labels.shape == (8, 5)
     logits = model(micro.pixels, tokenize([pair.true for pair in drawn])).detach()
     rows, columns = logits.softmax(dim=1), logits.softmax(dim=0)
     expected = -(rows.diagonal().log().mean() + columns.diagonal().log().mean()) / 2
     for pair, pixels in zip(drawn, micro.pixels):
         own = model(pixels[None], tokenize([pair.true, *pair.false])).detach()[0]
-        expected -= own.softmax(dim=0)[0].log() / 5
+        expected -= own.softmax(dim=0)[0].log() / 8
     (states,) = model.vision_model.hidden_states(micro.pixels, (-1,))
     vectors = model.visual_projection(model.vision_model.post_layernorm(states))
     fits = model.logit_scale.exp() * torch.nn.functional.normalize(vectors, dim=-1) @ model.encode_text(tokenize(said)).T
