@@ -2,12 +2,12 @@
 
     python -m evals.scenes --model tiny -n 2000               by kind of marker
     python -m evals.scenes --model tiny -n 2000 --unmarked    the same questions, nothing drawn: only chance is left
+    python -m evals.scenes --model tiny -n 2000 --tasks       the other tasks that training asks, n questions each
 
 Scene i is the same for everyone: it depends on the split, the seed and i alone, and no training run has seen the split
 "test". Kinds of marker take turns. Answers are greedy, so a second run prints the same numbers.
 """
 
-import functools
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -17,28 +17,39 @@ import torch
 import checkpoint
 from commandline import Parser, check_device, run
 from data import questions, scenes
+from data.batches import SCENES
+from data.records import Sample
 from evals.benchmark import answer, interval
 from overlay import KINDS
 
+TASKS = [name for name in SCENES if name not in ("texts", "markers") and not name.startswith("bold-")]
+
 
 def evaluate(model, tokenizer, n: int, *, source="markers", split="test", seed=0, side=224, unmarked=False, batch=50):
-    """Exact matches on scenes 0 … n - 1: name -> (right, seen). Names are the kinds of marker, or
-    "captions" alone, and "all"."""
+    """Exact matches on scenes 0 … n - 1: name -> (right, seen). source: "markers" is one question about one marker, and
+    names are the kinds of marker; of another of SCENES the first question is asked, and its name stands alone. And "all"."""
     right, seen, size = Counter(), Counter(), (side, side)
     for first in range(0, n, batch):
         group = range(first, min(first + batch, n))
         names = [KINDS[i % len(KINDS)] if source == "markers" else source for i in group]
-        samples = []
-        for i, name in zip(group, names):
-            make = questions.caption_sample if name == "captions" else functools.partial(questions.test_sample, kind=name)
-            samples.append(make(scenes.generator_for(split, seed, i), size))
+        samples = [_sample(name, scenes.generator_for(split, seed, i), size) for i, name in zip(group, names)]
         if unmarked:
             samples = [replace(sample, markers=()) for sample in samples]
-        limit = 100 if source == "captions" else 20  # tokens; the longest have under 60 and under 10
+        limit = 20 if source == "markers" else 100  # tokens
         for name, sample, text in zip(names, samples, answer(model, tokenizer, samples, limit)):
             seen[name] += 1
             right[name] += text == sample.turns[0].answer
     return {name: (right[name], seen[name]) for name in seen} | {"all": (right.total(), seen.total())}
+
+
+def _sample(name: str, generator, size: tuple[int, int]) -> Sample:
+    return questions.test_sample(generator, size, name) if name in KINDS else SCENES[name](generator, size)
+
+
+def commonest(task: str, n: int, split="test", seed=0, side=224) -> float:
+    """What always giving the commonest answer would score."""
+    answers = Counter(_sample(task, scenes.generator_for(split, seed, i), (side, side)).turns[0].answer for i in range(n))
+    return max(answers.values()) / n
 
 
 def chance(n: int, split="test", seed=0, side=224) -> float:
@@ -52,6 +63,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", default="tiny", help="a name or folder (tiny)")
     parser.add_argument("-n", type=int, default=2000, help="scenes (2000)")
     parser.add_argument("--unmarked", action="store_true", help="ask about markers that are not drawn")
+    parser.add_argument("--tasks", action="store_true", help="the other tasks of training, n questions each")
     parser.add_argument("--split", choices=scenes.SPLITS, default="test", help="which scenes (test)")
     parser.add_argument("--seed", type=int, default=0, help="0 or more (0)")
     parser.add_argument("--side", type=int, default=224, help="of a scene, in pixels (224)")
@@ -62,11 +74,19 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"{flag} is {getattr(args, flag)}; expected {low} or more")
     model, tokenizer = checkpoint.load(args.model, check_device(args.device), torch.float32)
     where = {"split": args.split, "seed": args.seed, "side": args.side}
-    table = evaluate(model, tokenizer, args.n, unmarked=args.unmarked, **where)
-    for name, (right, seen) in table.items():
-        low, high = interval(right, seen)
-        print(f"{name:13} {right / seen:6.1%}   95 % interval {low:5.1%} to {high:5.1%}   ({right} of {seen})")
+    if args.tasks:
+        for task in TASKS:
+            found = evaluate(model, tokenizer, args.n, source=task, unmarked=args.unmarked, **where)["all"]
+            print(f"{_line(task, *found)}   the commonest answer {commonest(task, args.n, **where):5.1%}", flush=True)
+        return
+    for name, found in evaluate(model, tokenizer, args.n, unmarked=args.unmarked, **where).items():
+        print(_line(name, *found))
     print(f"{'chance':13} {chance(args.n, **where):6.1%}   naming one of the scene's objects at random")
+
+
+def _line(name: str, right: int, seen: int) -> str:
+    low, high = interval(right, seen)
+    return f"{name:13} {right / seen:6.1%}   95 % interval {low:5.1%} to {high:5.1%}   ({right} of {seen})"
 
 
 if __name__ == "__main__":

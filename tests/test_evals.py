@@ -1,10 +1,12 @@
 """Evaluation on held-out scenes: what is counted, against what."""
 
+from collections import Counter
+
 import pytest
 
 import evals.scenes as scenes_eval
 from commandline import run
-from data import questions, scenes
+from data import benchmarks, questions, scenes
 from evals.scenes import chance, evaluate, interval
 from overlay import KINDS
 
@@ -19,6 +21,26 @@ def test_exact_answers_are_counted_by_kind(monkeypatch):
     table = evaluate(None, None, 41, side=64, batch=9)
     by_kind = {kind: (5 * (kind == "arrow"), 6 if kind == "rectangle" else 5) for kind in KINDS}
     assert table == by_kind | {"all": (5, 41)}
+
+
+def test_every_task_of_training_is_asked_and_counted(monkeypatch, capsys):
+    """Guards against a task that is left out, and against the commonest answer of other questions."""
+    asked = []
+
+    def one_letter(model, tokenizer, samples, max_new_tokens):
+        asked.extend(sample.turns[0] for sample in samples)
+        return ["A"] * len(samples)
+
+    monkeypatch.setattr(scenes_eval, "answer", one_letter)
+    monkeypatch.setattr(scenes_eval.checkpoint, "load", lambda *args: (None, None))
+    assert run(scenes_eval.main, ["--tasks", "-n", "20", "--side", "64", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(scenes_eval.TASKS) and len(asked) == 20 * len(lines)
+    assert {"captions", "marked", *benchmarks.KINDS, "vcr-choice", "vip-bench"} == set(scenes_eval.TASKS)
+    for k, line in enumerate(lines):
+        answers = Counter(turn.answer for turn in asked[20 * k : 20 * k + 20])
+        assert f"({answers['A']} of 20)" in line and line.endswith(f"{max(answers.values()) / 20:5.1%}")
+    assert "v7w" in lines[2] and int(lines[2].split("(")[1].split()[0]) > 0
 
 
 def test_unmarked_asks_the_same_without_markers(monkeypatch):
