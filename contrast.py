@@ -40,6 +40,7 @@ P_MARKED = 0.4  # of the scenes
 P_THINGS = (0.2, 0.2, 0.2, 0.15, 0.15, 0.1)  # that an unmarked scene has one, two, … six
 TOLD = 2  # things in a caption at most
 FALSE = 3  # false captions of an image: K
+PATCHES = -2  # the depth that phrases are asked of: a language model reads no deeper (vipllava.py)
 CONTEXT = 64  # tokens of a caption at most
 VISION = VisionConfig(image_size=112, patch_size=14, width=128, layers=7, heads=4, mlp=512)
 TEXT = dict(context=CONTEXT, width=128, layers=3, heads=4, mlp=512)
@@ -185,14 +186,15 @@ def fits(model: CLIP, ids: torch.Tensor, labels: torch.Tensor, pixels: torch.Ten
     """How well texts fit, scaled cosines: own (B, 1 + K), an image and its own captions, the true one first; all (B, B),
     images and true captions; patches (P, R), the labelled patches and the phrases."""
     B = len(pixels)
-    (states,) = model.vision_model.hidden_states(pixels, (-1,))  # (B, 1 + N, C)
-    seen = F.normalize(model.visual_projection(model.vision_model.post_layernorm(states)), dim=-1)
+    last, read = model.vision_model.hidden_states(pixels, (-1, PATCHES))  # (B, 1 + N, C) each
+    images, patches = (F.normalize(model.visual_projection(model.vision_model.post_layernorm(states)), dim=-1)
+                       for states in (last[:, 0], read[labels != IGNORE]))  # fmt: skip
     texts, phrases = ids[: B * (1 + FALSE)], ids[B * (1 + FALSE) :]
     phrases = phrases[:, : int((phrases != phrases[:, -1:]).sum(dim=1).max()) + 1]  # they are shorter; end is the padding
     texts, phrases = (model.logit_scale.exp() * model.encode_text(x) for x in (texts, phrases))
-    logits = (seen[:, 0] @ texts.T).float()  # (B, B + B K)
+    logits = (images @ texts.T).float()  # (B, B + B K)
     own = torch.stack([block.diagonal() for block in logits.split(B, dim=1)], dim=1)
-    return own, logits[:, :B], (seen[labels != IGNORE] @ phrases.T).float()
+    return own, logits[:, :B], (patches @ phrases.T).float()
 
 
 class Contrast(nn.Module):

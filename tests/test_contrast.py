@@ -118,7 +118,7 @@ def test_the_loss_is_the_formula(tokenize):
     for pair, pixels in zip(drawn, micro.pixels):
         own = model(pixels[None], tokenize([pair.true, *pair.false])).detach()[0]
         expected -= own.softmax(dim=0)[0].log() / 8
-    (states,) = model.vision_model.hidden_states(micro.pixels, (-1,))
+    (states,) = model.vision_model.hidden_states(micro.pixels, (-2,))  # the last but one, as LLaVA reads it
     vectors = model.visual_projection(model.vision_model.post_layernorm(states))
     fits = model.logit_scale.exp() * torch.nn.functional.normalize(vectors, dim=-1) @ model.encode_text(tokenize(said)).T
     losses = []
