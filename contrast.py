@@ -30,9 +30,9 @@ from torch.utils.data import Dataset
 
 from clip import CLIP, TextConfig, VisionConfig, preprocess
 from data.batches import Example, Micro
-from data.scenes import (OBJECT_COLORS, SHAPES, Object, Scene, caption, cell, generator_for, marked_scene, render,
+from data.scenes import (OBJECT_COLORS, SHAPES, UNLIKE, Object, Scene, caption, cell, generator_for, marked_scene, render,
                          sample_scene, tell)  # fmt: skip
-from overlay import COLORS, KINDS, NAMES, Marker, Region, draw, phrase, sample_marker
+from overlay import COLORS, KINDS, Marker, Region, draw, phrase, sample_marker
 from tokenizer import CLIPTokenizer
 from vipllava import IGNORE
 
@@ -84,7 +84,8 @@ def captioned(generator: np.random.Generator, size: tuple[int, int]) -> Captione
     own = {id(thing): phrase(marker) for thing, marker in zip(things, markers)}
     phrases = tuple(tell(thing, own.get(id(thing))) for thing in scene.objects)
     rivals = [tell(thing, said) for thing in scene.objects for said in (None, *own.values()) if said != own.get(id(thing))]
-    rivals += [tell(thing, phrase(_mistaken(generator, scene, Told(thing, marker)))) for thing, marker in zip(things, markers)]
+    mistaken = (_mistaken(generator, scene, Told(*both)) for both in zip(things, markers))
+    rivals += [tell(thing, phrase(marker)) for thing, marker in zip(things, mistaken)]
     return Captioned(scene, markers, caption_of(scene, told), false, phrases, tuple(rivals))
 
 
@@ -125,11 +126,14 @@ def _another(generator: np.random.Generator, choices, than):
 
 
 def _mistaken(generator: np.random.Generator, scene: Scene, told: Told, about: str | None = None) -> Marker:
-    """Its marker, but of another kind or hue."""
+    """Its marker, but of another kind, or of a hue that nobody takes for its own: many colors have no name."""
     about = about or ("kind", "hue")[generator.integers(2)]
     region = Region(box=told.thing.box, polygons=(told.thing.polygon,))
     kind = _another(generator, KINDS, told.marker.kind) if about == "kind" else told.marker.kind
-    color = _another(generator, COLORS, NAMES.get(told.marker.color)) if about == "hue" else told.marker.color
+    color = told.marker.color
+    if about == "hue":
+        unlike = [name for name, rgb in COLORS.items() if math.dist(rgb, color) >= UNLIKE]
+        color = unlike[generator.integers(len(unlike))]
     return sample_marker(region, scene.size, generator, kind, color)
 
 
@@ -160,7 +164,8 @@ class Pairs(Dataset):
         self._ready.clear()
 
     def __getitem__(self, j: int) -> Example:
-        """ids: of the captions, the true one first, then of the phrases and rivals. labels (1 + N,): which phrase is a patch's."""
+        """ids: of the captions, the true one first, then of the phrases and their rivals. labels (1 + N,): which phrase is
+        a patch's."""
         pair = self._ready.pop(j, None) or self.pair(j)
         ids = [self.tokenize.encode(text) for text in (pair.true, *pair.false, *pair.phrases, *pair.rivals)]
         grid = self.config.image_size // self.config.patch_size
@@ -173,7 +178,8 @@ class Pairs(Dataset):
         return Example(f"scene {j}", ids, [IGNORE, *labels.flatten().tolist()], preprocess(pair.image(), self.config.image_size))
 
     def collate(self, examples: list[Example]) -> Micro:
-        """ids (B + B K + R, T): true captions, false ones, each scene's phrases and rivals. labels (B, 1 + N): the phrase's number, or IGNORE."""
+        """ids (B + B K + R, T): true captions, false ones, each scene's phrases and rivals. labels (B, 1 + N): the number of
+        the phrase, or IGNORE."""
         captions = [e.ids[k] for k in range(1 + FALSE) for e in examples]
         phrases = [ids for e in examples for ids in e.ids[1 + FALSE :]]
         firsts = np.cumsum([0] + [len(e.ids) - 1 - FALSE for e in examples])
@@ -211,7 +217,7 @@ class Contrast(nn.Module):
         whose = (F.cross_entropy(all, diagonal) + F.cross_entropy(all.T, diagonal)) / 2
         true = F.cross_entropy(own, torch.zeros_like(diagonal))
         told, said = labels[labels != IGNORE], ids[own.numel() :]
-        same = (said[:, None] == said[None]).all(dim=-1).fill_diagonal_(False)  # things of the same words are no rivals
+        same = (said[:, None] == said[None]).all(dim=-1).fill_diagonal_(False)  # the same words are no rival
         patch = F.cross_entropy(patches.masked_fill(same[told], -math.inf), told)
         return (whose + true + patch) * len(told)
 

@@ -8,8 +8,7 @@ marker's words into the gaps:
 
     -> a scribble on the dog, "What is with the blue scribble?", "A dog."; another time a red arrow
 
-What each official data set's record says, and asks, is in readers.py. No two regions of a record get markers that
-words can't tell apart. A record that is bad is never swapped for another, as the released code does.
+What each official data set's record says and asks, and where we leave the released code, is in readers.py.
 
     python data/records.py check mix.json --images DIR        every bad record, by line, id and reason
     python data/records.py preview mix.json --images DIR      a sheet of marked images; what is trained is highlighted

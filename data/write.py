@@ -47,7 +47,7 @@ def houses(out: str | Path, n: int, seed: int = 0, side: int = 224) -> None:
     scenes with houses in them. In every other one it is a house that is asked about."""
     with staged(out, n, side) as folder:
         for split in ("train", "test"):
-            records = []
+            told = []
             for i in range(n):
                 generator = generator_for(split, seed, i)
                 others = generator.permutation(list(SHAPES))[:3].tolist()
@@ -56,11 +56,11 @@ def houses(out: str | Path, n: int, seed: int = 0, side: int = 224) -> None:
                 thing = wanted[generator.integers(len(wanted))]
                 image = f"images/{split}-{i:06d}.png"
                 render(scene).save(folder / image)
-                records.append({"id": f"house-{i}", "image": image,
-                                "regions": [{"box": thing.box, "polygons": [flat(thing)]}],
-                                "conversations": [{"from": "human", "value": "What is <region0>?"},
-                                                  {"from": "gpt", "value": describe(thing)}]})
-            (folder / f"{split}.json").write_text(json.dumps(records, indent=1) + "\n")
+                told.append({"id": f"house-{i}", "image": image,
+                             "regions": [{"box": thing.box, "polygons": [flat(thing)]}],
+                             "conversations": [{"from": "human", "value": "What is <region0>?"},
+                                               {"from": "gpt", "value": describe(thing)}]})
+            (folder / f"{split}.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
 def flat(thing):

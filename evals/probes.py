@@ -3,8 +3,9 @@
     python -m evals.probes --model tiny                  the image tower of a ViP-LLaVA
     python -m evals.probes --clip runs/clip -n 8000      of a CLIP
 
-Scenes with one marker each, of all kinds; for the direction, arrows only. Probes are logistic regressions, trained on one part of the scenes and tested on the
-other; a table gives the tested accuracy in percent for every depth, beside the chance of naming the commonest answer.
+Scenes with one marker each, of all kinds; for the direction, arrows only. Probes are logistic regressions, trained on
+one part of the scenes and tested on the other; a table gives the tested accuracy in percent for every depth, beside the
+chance of naming the commonest answer.
 
     kind            which of the eight markers         \
     direction       where an arrow points to, of eight  | from the patch in the marker's middle, and the patches' mean
