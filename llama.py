@@ -56,23 +56,39 @@ SIZES = {
 class KVCache:
     """Keys and values of the tokens so far, in slots allocated once; every row of a batch fills the same slots.
 
-    start (B,) is each row's first real slot (left padding lies before it); `length`, a tensor on the device so that a
-    compiled step never waits for the host, counts the slots in use.
+    Row b's tokens lie in slots 0 … shared - 1, which all rows may begin with, and from start[b] on; what is between is
+    padding, which has no position and is never attended to. `length`, a tensor on the device so that a compiled step
+    never waits for the host, counts the slots in use.
     """
 
-    def __init__(self, config: LlamaConfig, start: torch.Tensor, slots: int, dtype: torch.dtype):
+    def __init__(self, config: LlamaConfig, start: torch.Tensor, slots: int, dtype: torch.dtype, shared: int = 0):
         shape = (config.layers, start.size(0), config.kv_heads, slots, config.head_width)  # (L, B, K, S, D)
+        self.config, self.shared, self.start = config, shared, start
         self.k = torch.zeros(shape, device=start.device, dtype=dtype)
         self.v = torch.zeros(shape, device=start.device, dtype=dtype)
-        self.start = start
         self.length = torch.zeros((), device=start.device, dtype=torch.long)
         self.slots = torch.arange(slots, device=start.device)  # (S,)
+        self.real = (self.slots < shared) | (self.slots >= start[:, None])  # (B, S)
+
+    def positions(self, slots: torch.Tensor) -> torch.Tensor:
+        """Slots (T,) -> each token's place in its row's text, (B, T); padding has that of the token after it."""
+        padding = (self.start - self.shared)[:, None]  # (B, 1)
+        return torch.where(slots < self.shared, slots, (slots - padding).clamp(min=self.shared))
 
     def update(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         """Write k, v (B, K, T, D) into `slots` (T,); return all of the layer's, (B, K, S, D) each."""
         self.k[layer].index_copy_(2, slots, k)
         self.v[layer].index_copy_(2, slots, v)
         return self.k[layer], self.v[layer]
+
+    def continued(self, length: int, start: torch.Tensor, slots: int) -> "KVCache":
+        """A new cache, all of whose rows begin with the first `length` tokens of this one's only row; start (B,) says
+        in which slot each goes on."""
+        cache = KVCache(self.config, start, slots, self.k.dtype, shared=length)
+        for old, new in ((self.k, cache.k), (self.v, cache.v)):
+            new[:, :, :, :length] = old[:, :, :, :length]
+        cache.length.fill_(length)
+        return cache
 
 
 # -- leaves ----------------------------------------------------------------------------------------------------------
@@ -181,11 +197,11 @@ class Llama(nn.Module):
         B, T, C = embeds.size()
         if cache is None:
             slots = torch.arange(T, device=embeds.device)  # (T,)
-            positions, mask = slots[None], self._mask(slots, slots) if self._windowed(T) else None
+            positions = slots[None]  # (1, T)
+            mask = self._mask(positions, positions) if self._windowed(T) else None
         else:
             slots = cache.length + torch.arange(T, device=embeds.device)  # (T,)
-            positions = (slots - cache.start[:, None]).clamp(min=0)  # (B, T)
-            mask = self._mask(slots, cache.slots, cache.start)  # (B, 1, T, S)
+            positions, mask = cache.positions(slots), self._cached_mask(slots, cache)  # (B, T), (B, 1, T, S)
         cos, sin = rope_table(positions, self.config, embeds.dtype)
         x = embeds
         for block in self.layers:
@@ -197,17 +213,17 @@ class Llama(nn.Module):
     def _windowed(self, T: int) -> bool:
         return self.config.window is not None and T > self.config.window
 
-    def _mask(self, queries: torch.Tensor, keys: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
-        """Which key slots (S,) each query slot (T,) may see: boolean, (1 or B, 1, T, S)."""
-        distance = queries[:, None] - keys  # (T, S)
+    def _mask(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Which keys at positions (B, S) each query at a position (B, T) may see: boolean, (B, 1, T, S)."""
+        distance = (queries[:, :, None] - keys[:, None])[:, None]  # (B, 1, T, S)
         seen = distance >= 0
-        if self.config.window is not None:
-            seen = seen & (distance < self.config.window)
-        if start is None:
-            return seen[None, None]
-        real = keys >= start[:, None, None, None]  # (B, 1, 1, S)
+        return seen if self.config.window is None else seen & (distance < self.config.window)
+
+    def _cached_mask(self, slots: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Which slots of the cache the tokens in `slots` (T,) may see: boolean, (B, 1, T, S)."""
+        seen = self._mask(cache.positions(slots), cache.positions(cache.slots)) & cache.real[:, None, None]
         # A padding token sees itself: a softmax over nothing is NaN, and NaN times zero would reach the others.
-        return seen & real | (distance == 0)
+        return seen | (slots[:, None] == cache.slots)
 
     def prefill(self, embeds: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """The prompt, embeds (B, T, C), into the cache -> logits of the token that follows it, (B, V)."""
@@ -251,4 +267,6 @@ def sample(
         before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens: 0 for the first, which stays
         drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= top_p)
         logits = logits.masked_fill(drop, float("-inf"))
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+    # As torch.multinomial does it, which would make the host wait: of clocks that ring at these rates, the first.
+    chances = logits.softmax(dim=-1)
+    return (chances / torch.empty_like(chances).exponential_(generator=generator)).argmax(dim=-1)

@@ -35,6 +35,7 @@ import hub
 from chat import IMAGE, TEMPLATES, Turn, encode_chat, stop_ids
 from clip import open_image, preprocess, read_mask
 from commandline import Parser, check_device, complain, run
+from generate import Memory, compile_steps, generate, room
 from overlay import COLORS, Marker, Region, draw, make_marker, phrase, rgb_of
 from tokenizer import Stream, Tokenizer
 from vipllava import expand
@@ -42,12 +43,12 @@ from vipllava import expand
 
 def ask(model, tokenizer, image, markers, turns, **sampling) -> Iterator[tuple[int | None, str]]:
     """Answer the last of `turns` about the marked image: pairs of a new id and the text that it makes certain, and at
-    last None and the text that was still held back. sampling: max_new_tokens and so on, see ViPLLaVA.generate."""
+    last None and the text that was still held back. sampling: max_new_tokens and so on, see generate.py."""
     config = model.config
     marked = draw(image, markers)  # the method: what is meant is drawn
     pixels = preprocess(marked, config.vision.image_size)[None]  # (1, 3, S, S)
     ids, _ = encode_chat(tokenizer, config.template, turns)  # one IMAGE where the image goes
-    tokens = model.generate([ids], pixels, stop_ids=stop_ids(tokenizer, config.template), **sampling)
+    tokens = generate(model, [ids], pixels, stop_ids=stop_ids(tokenizer, config.template), **sampling)
     return _speak(tokens, Stream(tokenizer, TEMPLATES[config.template].stop))
 
 
@@ -193,7 +194,7 @@ def fit(model, tokenizer, turns, wanted: int | None) -> tuple[list[int], int]:
     prompt, _ = encode_chat(tokenizer, config.template, turns)
     patches, context = config.vision.patches, config.text.context
     length = len(expand(prompt, patches))
-    limit = wanted or max(1, min(512, context - length))
+    limit = wanted or room(config, length)
     if length + limit > context:
         raise ValueError(f"the prompt has {length} tokens, {patches} of them the image, with {limit} for the answer; "
                          f"expected at most {context} in all (in a chat, /new starts over)")  # fmt: skip
@@ -264,7 +265,8 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 
 class Chat:
-    """Several turns about one image, which is drawn anew, with all markers so far, for every question.
+    """Several turns about one image, which is drawn anew, with all markers so far, for every question. What has not
+    changed is not computed again.
 
     /{kinds}
                  add a marker, as in /arrow 40,60:color=blue
@@ -421,13 +423,15 @@ def main(argv: list[str]) -> None:
     model, tokenizer = checkpoint.load(args.model, device, DTYPES.get(args.dtype))
     opening = turns or [Turn("", image=True)]
     _, limit = fit(model, tokenizer, opening, args.max_new_tokens)
+    memory = Memory()
     if args.compile:
-        compile_decoding(model, tokenizer, image, opening, limit)
+        warm_up(model, tokenizer, image, opening, max_new_tokens=limit, memory=memory)
+        memory.forget()
     load = time.perf_counter() - began
 
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens,
                 "generator": torch.Generator(device).manual_seed(args.seed)}  # fmt: skip
-    say = functools.partial(answer, model, tokenizer, echo=not args.json, **sampling)
+    say = functools.partial(answer, model, tokenizer, echo=not args.json, memory=memory, **sampling)
     if args.chat:
         chat = Chat(say, args.image, image, markers)
         if question is not None:
@@ -440,11 +444,11 @@ def main(argv: list[str]) -> None:
         print(json.dumps(report(model, tokenizer, args.model, result, load)))
 
 
-def compile_decoding(model, tokenizer, image: Image.Image, turns: list[Turn], limit: int) -> None:
-    """Compile what runs once a token. Its first call is what takes long: make it now, with the shapes to come."""
-    model.llama.decode = torch.compile(model.llama.decode)
+def warm_up(model, tokenizer, image: Image.Image, turns: list[Turn], **sampling) -> None:
+    """Compile the steps. Their first calls are what takes long: make them now, with the shapes to come."""
+    compile_steps(model)
     try:
-        list(itertools.islice(ask(model, tokenizer, image, [], turns, max_new_tokens=limit), 2))
+        list(itertools.islice(ask(model, tokenizer, image, [], turns, **sampling), 2))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -19,10 +19,10 @@ Pitfalls
     nobody trained them, so nothing here ever samples them.
 
     model, tokenizer = checkpoint.load("tiny")
-    for (token,) in model.generate([ids], pixels, max_new_tokens=64, stop_ids={tokenizer.eos}): ...
+    for (token,) in generate(model, [ids], pixels, max_new_tokens=64, stop_ids={tokenizer.eos}): ...     # generate.py
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from chat import IMAGE
 from clip import CLIPVision, VisionConfig
-from llama import KVCache, Llama, LlamaConfig, sample
+from llama import Llama, LlamaConfig
 
 IGNORE = -100  # a label that is not trained
 
@@ -106,65 +106,6 @@ class ViPLLaVA(nn.Module):
         if not trained.any():
             raise ValueError(f"none of the labels {tuple(labels.shape)} is trained: all, but perhaps the first, are {IGNORE}")
         return F.cross_entropy(self.llama.lm_head(hidden[trained]).float(), target[trained], reduction=reduction)
-
-    @torch.inference_mode()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        pixels: torch.Tensor | None = None,
-        *,
-        max_new_tokens: int | None = None,
-        stop_ids: Collection[int] = (),
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[list[int | None]]:
-        """Answer a batch of prompts, one token a row at a time: yields lists of B ids, None for a row that has ended.
-
-        prompts: B lists of ids with one IMAGE for each image; pixels: all their images in reading order. A row ends
-        with any of stop_ids (which are not yielded) or after max_new_tokens; None is 512, or what the context leaves.
-        Sampling options: see llama.sample. Raises ValueError, before anything is computed, when prompts and images don't
-        match or don't fit the context.
-        """
-        rows = [expand(p, self.config.vision.patches) for p in prompts]
-        if max_new_tokens is None:
-            max_new_tokens = max(1, min(512, self.config.text.context - max(map(len, rows), default=0)))
-        self._check_request(prompts, rows, pixels, max_new_tokens)
-        longest = max(map(len, rows))
-        device, dtype = self.llama.embed_tokens.weight.device, self.llama.embed_tokens.weight.dtype
-        ids, start = pad(rows, 0, side="left")
-        ids, start = ids.to(device), start.to(device)
-        patches = None if pixels is None else self.encode_images(pixels.to(device, dtype))
-        cache = KVCache(self.config.text, start, longest + max_new_tokens, dtype)
-        stop = torch.tensor(sorted(stop_ids), device=device, dtype=torch.long)
-        alive = torch.ones(len(rows), device=device, dtype=torch.bool)
-
-        logits = self.llama.prefill(self.splice(ids, patches), cache)
-        for step in range(max_new_tokens):
-            words = logits[:, : self.config.image_token_id]
-            token = sample(words, temperature, top_k, top_p, generator)  # (B,)
-            alive = alive & ~torch.isin(token, stop)
-            if not alive.any():
-                return
-            yield [t if a else None for t, a in zip(token.tolist(), alive.tolist())]
-            if step + 1 < max_new_tokens:
-                logits = self.llama.decode(token, cache)
-
-    def _check_request(self, prompts, rows, pixels, max_new_tokens: int) -> None:
-        if not prompts or not all(prompts) or max_new_tokens < 0:
-            raise ValueError(
-                f"{len(prompts)} prompts of {[len(p) for p in prompts]} tokens, max_new_tokens {max_new_tokens}; "
-                "expected one prompt or more, none of them empty, and no less than 0 tokens to follow"
-            )
-        asked, given = sum(list(p).count(IMAGE) for p in prompts), 0 if pixels is None else len(pixels)
-        if asked != given:
-            raise ValueError(f"the prompts mention {asked} images; got {given}")
-        longest, context = max(map(len, rows)), self.config.text.context
-        if longest + max_new_tokens > context:
-            raise ValueError(
-                f"the prompt has {longest} tokens and {max_new_tokens} are to follow; the model's context is {context}"
-            )
 
 
 # -- batches ---------------------------------------------------------------------------------------------------------

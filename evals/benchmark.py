@@ -38,6 +38,7 @@ from data.index import JSONFile
 from data.readers import Plan
 from data.records import MALFORMED, BadRecord, Sample, bad_record, to_sample
 from evals.scorers import exact
+from generate import generate
 from hub import NAMES, find
 from overlay import draw
 from tokenizer import Stream, Tokenizer
@@ -84,7 +85,7 @@ def complete(model: ViPLLaVA, tokenizer: Tokenizer, template: str, prompts: Sequ
     streams = [Stream(tokenizer, TEMPLATES[template].stop) for _ in prompts]
     texts = [""] * len(prompts)
     stop = stop_ids(tokenizer, template)
-    for tokens in model.generate(prompts, pixels, max_new_tokens=max_new_tokens, stop_ids=stop):
+    for tokens in generate(model, prompts, pixels, max_new_tokens=max_new_tokens, stop_ids=stop):
         for i, token in enumerate(tokens):
             if token is not None and not streams[i].stopped:
                 texts[i] += streams[i].push(token)

@@ -24,6 +24,7 @@ from tokenizers import pre_tokenizers
 import checkpoint
 from chat import IMAGE, Turn, encode_chat
 from clip import VisionConfig
+from generate import generate
 from llama import LlamaConfig
 from tokenizer import Tokenizer
 from vipllava import ViPLLaVA, ViPLLaVAConfig, expand
@@ -64,7 +65,7 @@ def compare(what, ours: ViPLLaVA, theirs, tok):
         a = ours.llama.lm_head(ours(rows, pixels))
         b = theirs(input_ids=theirs_ids, pixel_values=pixels).logits
     report(what + ": logits", a, b)
-    answer = [step[0] for step in ours.generate([prompt], pixels[:1], max_new_tokens=20)]
+    answer = [step[0] for step in generate(ours, [prompt], pixels[:1], max_new_tokens=20)]
     silent = list(range(c.image_token_id, c.text.vocab_size))
     assert theirs.generation_config.suppress_tokens in (None, silent)  # `save` wrote it
     theirs.generation_config.update(suppress_tokens=silent, eos_token_id=None)

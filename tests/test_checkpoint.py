@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 from chat import IMAGE
 from clip import CLIP, TextConfig, VisionConfig
+from generate import generate
 from llama import LlamaConfig
 from tokenizer import Tokenizer
 from vipllava import ViPLLaVA, ViPLLaVAConfig
@@ -55,7 +56,7 @@ def same_answers(a: ViPLLaVA, b: ViPLLaVA) -> None:
     assert x.std() > 0.1 and torch.equal(x, y)
     options = dict(max_new_tokens=9, temperature=1.0)
     seeds = [torch.Generator().manual_seed(2) for _ in (a, b)]
-    one, two = (list(m.generate([[1, 7, IMAGE, 8]], pixels, generator=g, **options)) for m, g in zip((a, b), seeds))
+    one, two = (list(generate(m, [[1, 7, IMAGE, 8]], pixels, generator=g, **options)) for m, g in zip((a, b), seeds))
     assert one == two and len(one) == 9
 
 

@@ -161,6 +161,22 @@ def test_a_padded_batch_equals_batch_one(name, golden):
 
 
 @pytest.mark.parametrize("name", LLAMA)
+@pytest.mark.parametrize("shared", [1, 3, 6])
+def test_rows_that_go_on_from_one_beginning_equal_rows_alone(name, shared, golden):
+    """Guards against: positions or a window that count the padding between beginning and rest; rest that sees it."""
+    model, ids = llama_of(name), golden[f"{name}/ids"]
+    rows = [torch.cat([ids[0, :shared], row]) for row in (ids[0, 2:3], ids[0, 3:9], ids[0, 5:8])]
+    after = ids[0, :4]
+    alone = torch.cat([batch_logits(model, [row], after) for row in rows])
+    beginning = new_cache(model)
+    model(model.embed_tokens(ids[:, :shared]), beginning)
+    embeds, start = left_padded(model, [row[shared:] for row in rows], fill_value=1e4)
+    cache = beginning.continued(shared, shared + torch.tensor(start), slots=40)
+    logits = [model.prefill(embeds, cache)] + [model.decode(token.expand(len(rows)), cache) for token in after]
+    torch.testing.assert_close(torch.stack(logits, dim=1), alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LLAMA)
 @pytest.mark.parametrize("garbage", [1.0, 1e4, 1e18])
 def test_what_lies_in_the_padding_never_leaks(name, garbage, golden):
     """Guards against: padding masked by a large number, not minus infinity; NaN from a row that sees nothing."""
@@ -187,7 +203,7 @@ def test_positions_count_from_where_a_row_starts(monkeypatch, golden):
 def test_every_token_sees_at_least_itself():
     """Guards against: a softmax over nothing, which is NaN on some devices and not on others."""
     model, slots = llama_of("windowed"), torch.arange(9)
-    mask = model._mask(slots[2:], slots, torch.tensor([0, 8]))
+    mask = model._cached_mask(slots[2:], new_cache(model, (0, 8), slots=9))
     assert mask.shape == (2, 1, 7, 9)
     assert mask.any(dim=-1).all()
 

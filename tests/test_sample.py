@@ -515,28 +515,29 @@ def test_a_seed_repeats_an_answer(here):
     assert one == same != other
 
 
-def says(ids: list[int], template: str):
+def says(monkeypatch, ids: list[int], template: str):
     """In place of a model: one that answers with these ids."""
+    monkeypatch.setattr(sample, "generate", lambda *_, **options: ([i] for i in ids))
     config = SimpleNamespace(template=template, vision=SimpleNamespace(image_size=28, patches=16),
                              text=SimpleNamespace(context=4000))  # fmt: skip
-    return SimpleNamespace(config=config, generate=lambda *_, **options: ([i] for i in ids))
+    return SimpleNamespace(config=config)
 
 
-def test_an_empty_answer_has_no_rate(here):
+def test_an_empty_answer_has_no_rate(here, monkeypatch):
     """Guards against a division by zero, and a prefill that took no time, where the first token ends the answer."""
     tokenizer = Tokenizer.load("model")
-    model = says([], "llava_v1")
+    model = says(monkeypatch, [], "llava_v1")
     result = sample.answer(model, tokenizer, Image.new("RGB", SIZE), [], [Turn("What?", image=True)], echo=False)
     data = sample.report(model, tokenizer, "none", result, 0.0)
     assert (data["answer"], data["output_ids"], data["tokens_per_second"]["decode"]) == ("", [], None)
     assert data["seconds"]["prefill"] > 0 and data["seconds"]["decode"] == 0
 
 
-def test_a_template_that_ends_with_a_text():
+def test_a_template_that_ends_with_a_text(monkeypatch):
     """Guards against "###" in an answer of llava_v0, and against calling an answer cut that had ended."""
     tokenizer = Tokenizer.train([f"{HUMAN} Human: Assistant: A dog. ###"] * 3, 400)
     ids = tokenizer.encode("A dog.###Human: more")
-    model = says(ids, "llava_v0")
+    model = says(monkeypatch, ids, "llava_v0")
     err, out = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
         result = sample.answer(model, tokenizer, Image.new("RGB", SIZE), [], [Turn("What?", image=True)])
@@ -554,10 +555,13 @@ def test_compile_gives_the_same_tokens(here, monkeypatch):
     """Guards against --compile that compiles nothing, or wraps what `generate` does not call. The compiler itself
     takes half a minute, so a stand-in counts."""
     calls = []
-    monkeypatch.setattr(torch, "compile", lambda function: lambda *args: calls.append(1) or function(*args))
+    count = lambda function, **options: lambda *args: calls.append(function.__name__) or function(*args)  # noqa: E731
+    monkeypatch.setattr(torch, "compile", count)
     argv = ["--image", "photo.jpg", "What?", "--max-new-tokens", "9", "--json"]
     plain, compiled = (json.loads(ask(*argv, *more)[1]) for more in ([], ["--compile"]))
-    assert plain["output_ids"] == compiled["output_ids"] and len(calls) == 8 + 1  # and one to warm up
+    assert plain["output_ids"] == compiled["output_ids"]
+    start = ["encode_images", "prefill", "decode"]
+    assert calls == start + start + 7 * ["decode"]  # warmed up first; what was computed there is not counted as fast
 
 
 # -- a conversation --------------------------------------------------------------------------------------------------

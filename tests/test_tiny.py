@@ -18,6 +18,7 @@ from data.batches import Examples, SceneSource, collate
 from data.questions import test_sample
 from data.scenes import generator_for
 from evals.scenes import evaluate
+from generate import generate
 from overlay import KINDS, draw
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def test_same_tokens_as_transformers(tiny):
         prompts = [encode_chat(tokenizer, "llava_v1", [replace(s.turns[0], answer=None)])[0] for s in samples]
         pixels = torch.stack([preprocess(draw(s.image, s.markers), model.config.vision.image_size) for s in samples])
         rows = [[] for _ in samples]
-        for tokens in model.generate(prompts, pixels, max_new_tokens=12, stop_ids={tokenizer.eos}):
+        for tokens in generate(model, prompts, pixels, max_new_tokens=12, stop_ids={tokenizer.eos}):
             for row, token in zip(rows, tokens):
                 row += [] if token is None else [token]
         assert rows == golden[i : i + 16]

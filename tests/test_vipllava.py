@@ -1,18 +1,17 @@
-"""vipllava.py: parity with transformers (tests/golden, made by make_golden.py), splice, loss, generate.
+"""vipllava.py: parity with transformers (tests/golden, made by make_golden.py), splice, loss.
 
     python -m pytest tests/test_vipllava.py
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from cases import CONTRASTIVE, LLAMA, LOGITS_KEPT, NEW_TOKENS, TRAINING_RATE, TRAINING_STEPS, VIPLLAVA, VISION
+from cases import CONTRASTIVE, LLAMA, LOGITS_KEPT, TRAINING_RATE, TRAINING_STEPS, VIPLLAVA, VISION
 from cases import equal_dimensions, fill, fingerprint, load_golden, projector_features, prompts_of, random_pixels
 from cases import relative_error, training_rows
 from chat import IMAGE
 from clip import VisionConfig
+from generate import generate
 from llama import LlamaConfig
 from vipllava import IGNORE, ViPLLaVA, ViPLLaVAConfig, expand, pad
 
@@ -38,15 +37,6 @@ def inputs_of(name: str) -> tuple[list[list[int]], torch.Tensor]:
     case = VIPLLAVA[name]
     prompts = prompts_of(case, IMAGE)
     return prompts, random_pixels(sum(p.count(IMAGE) for p in prompts), case["vision"]["image_size"], case["seed"])
-
-
-def answers(model: ViPLLaVA, prompts: list, pixels: torch.Tensor | None, **options) -> list[list[int]]:
-    """generate(), row by row; a row that has ended must stay ended."""
-    steps = list(model.generate(prompts, pixels, **options))
-    rows = [list(row) for row in zip(*steps)] or [[] for _ in prompts]
-    for row in rows:
-        assert None not in row or row[row.index(None) :] == [None] * (len(row) - row.index(None)), row
-    return [[token for token in row if token is not None] for row in rows]
 
 
 CONFIG = ViPLLaVAConfig(  # 9 patches an image
@@ -86,15 +76,6 @@ def test_logits_match_transformers(name, golden):
         ids = torch.tensor([expand(prompt, model.config.vision.patches)])
         logits = model.llama.lm_head(model(ids, torch.stack(mine) if mine else None))[0, -LOGITS_KEPT:]
         assert relative_error(logits, golden[f"{name}/logits/{i}"]) < 1e-4
-
-
-@pytest.mark.parametrize("name", VIPLLAVA)
-def test_32_greedy_tokens_match_transformers(name, golden):
-    """Guards against: a cache or a mask that is right for the prompt and wrong for what follows; images of one row
-    given to another; the rows that were never trained sampled. All prompts at once, in one padded batch."""
-    model, (prompts, pixels) = model_of(name), inputs_of(name)
-    expected = [golden[f"{name}/greedy/{i}"].tolist() for i in range(len(prompts))]
-    assert answers(model, prompts, pixels, max_new_tokens=NEW_TOKENS) == expected
 
 
 @pytest.mark.parametrize("name", VIPLLAVA)
@@ -161,7 +142,7 @@ def test_as_many_places_as_patches(images):
     with pytest.raises(ValueError, match=f"18 image places, the images give {count} patches"):
         model(ids, given)
     with pytest.raises(ValueError, match=f"mention 2 images; got {images or 0}"):
-        next(model.generate([[1, IMAGE, IMAGE, 2]], given, max_new_tokens=2))
+        next(generate(model, [[1, IMAGE, IMAGE, 2]], given, max_new_tokens=2))
 
 
 def test_the_image_reaches_every_later_token_and_none_before():
@@ -244,149 +225,6 @@ def test_every_part_is_trained_through_the_loss():
             assert trained != name.startswith(("vision.layers.4", "vision.post_layernorm")), name
 
 
-# -- generate --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(1, 7))
-def test_a_batch_equals_batch_one(seed):
-    """Guards against: an answer that depends on its neighbours: padding seen, images handed to the wrong row."""
-    model, pixels = small(seed)
-    together = answers(model, PROMPTS, pixels, max_new_tokens=16)
-    images = iter(pixels)
-    for prompt, answer in zip(PROMPTS, together):
-        mine = [next(images) for _ in range(prompt.count(IMAGE))]
-        assert answers(model, [prompt], torch.stack(mine) if mine else None, max_new_tokens=16) == [answer]
-
-
-@torch.no_grad()
-def test_greedy_is_the_argmax_of_the_full_forward():
-    """Guards against: a token sampled from the logits of the token before."""
-    model, pixels = small(2)
-    (answer,) = answers(model, PROMPTS[:1], pixels[:1], max_new_tokens=12)
-    ids = expand(PROMPTS[0], CONFIG.vision.patches)
-    for token in answer:
-        logits = model.llama.lm_head(model(torch.tensor([ids]), pixels[:1]))[0, -1, : CONFIG.image_token_id]
-        assert token == logits.argmax().item()
-        ids.append(token)
-
-
-def test_stop_ids_end_their_row_only():
-    """Guards against: a stop token shown to the reader, one row ending all, an ended row that speaks again."""
-    model, pixels = small(3)
-    free = answers(model, PROMPTS, pixels, max_new_tokens=16)
-    stops = sorted({token for row in free for token in row})
-    assert len(stops) > 5
-    for stop in [{s} for s in stops] + [set(stops[:2]), set(stops)]:
-        cut = [next((i for i, token in enumerate(row) if token in stop), len(row)) for row in free]
-        steps = list(model.generate(PROMPTS, pixels, max_new_tokens=16, stop_ids=stop))
-        assert len(steps) == max(cut)
-        assert [[step[b] for step in steps][:n] for b, n in enumerate(cut)] == [row[:n] for row, n in zip(free, cut)]
-        assert all(step[b] is None for b, n in enumerate(cut) for step in steps[n:])
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_untrained_rows_are_never_sampled(temperature):
-    """Guards against: ids that no tokenizer knows. Here they are by far the likeliest."""
-    model, pixels = small(4)
-
-    def run() -> list[list[int]]:
-        generator = torch.Generator().manual_seed(1)
-        return answers(model, PROMPTS, pixels, max_new_tokens=12, temperature=temperature, generator=generator)
-
-    before = run()
-    with torch.no_grad():
-        model.llama.lm_head.weight[37:] = torch.tensor([[1e4], [-1e4], [1e4]])
-    assert run() == before
-
-
-@pytest.mark.parametrize("count", [0, 1, 5])
-def test_max_new_tokens(count):
-    """Guards against: one token more, or one step of the model more than tokens are wanted."""
-    model, pixels = small()
-    calls = []
-    model.llama.register_forward_hook(lambda module, args, out: calls.append(args[0].size(1)))
-    steps = list(model.generate(PROMPTS[:2], pixels[:1], max_new_tokens=count))
-    assert [len(step) for step in steps] == [2] * count
-    assert calls[1:] == [1] * (count - 1)
-
-
-def test_tokens_come_as_they_are_made():
-    """Guards against: the whole answer computed before its first word is shown."""
-    model, pixels = small()
-    calls = []
-    model.llama.register_forward_hook(lambda module, args, out: calls.append(args[0].size(1)))
-    stream = model.generate(PROMPTS[:1], pixels[:1], max_new_tokens=50)
-    next(stream)
-    assert calls == [13]  # the prompt: 4 words and 9 patches
-    next(stream)
-    assert calls == [13, 1]
-
-
-def test_what_does_not_fit_the_context_is_refused_before_any_work(monkeypatch):
-    """Guards against: an answer cut short without a word, or minutes of work before the error."""
-    model, pixels = small()
-    monkeypatch.setattr(model, "encode_images", None)  # calling it would be a TypeError
-    monkeypatch.setattr(model.llama, "prefill", None)
-    with pytest.raises(ValueError, match="23 tokens and 78 are to follow; the model's context is 100"):
-        next(model.generate([[1, IMAGE] + [5] * 13], pixels[:1], max_new_tokens=78))
-
-
-def test_what_just_fits_is_answered():
-    """Guards against: a limit one too low, or a cache one slot too small."""
-    model, pixels = small()
-    (answer,) = answers(model, [[1, IMAGE] + [5] * 13], pixels[:1], max_new_tokens=77)
-    assert len(answer) == 77
-
-
-def test_sampling_follows_its_generator():
-    """Guards against: a draw from PyTorch's global generator. Two answers of 20 tokens are equal by chance ~never."""
-    model, pixels = small(5)
-
-    def run(seed: int, **options) -> list[list[int]]:
-        torch.rand(2)
-        generator = torch.Generator().manual_seed(seed)
-        return answers(model, PROMPTS, pixels, max_new_tokens=20, temperature=1.2, generator=generator, **options)
-
-    assert run(1) == run(1) != run(2)
-    greedy = answers(model, PROMPTS, pixels, max_new_tokens=20)
-    assert run(1, top_k=1) == run(2, top_p=1e-6) == greedy != run(1)  # the options arrive
-
-
-def test_bfloat16_model_takes_float32_pixels():
-    """Guards against: pixels or a cache whose type is not the weights'."""
-    model, pixels = small()
-    assert [len(row) for row in answers(model.bfloat16(), PROMPTS, pixels, max_new_tokens=4)] == [4] * 4
-
-
-def test_a_prompt_without_image_in_a_batch_without_images():
-    """Guards against: pixels needed where there are none."""
-    model, _ = small()
-    assert len(answers(model, [[1, 2, 3], [4]], None, max_new_tokens=3)[0]) == 3
-
-
-def test_generate_leaves_no_graph_and_no_trace():
-    """Guards against: memory that grows with every answer; a second answer that remembers the first."""
-    model, pixels = small(6)
-    graphs = []
-    model.llama.register_forward_hook(lambda module, args, out: graphs.append(out.requires_grad))
-    first = answers(model, PROMPTS, pixels, max_new_tokens=8)
-    answers(model, [[5, 6, IMAGE]], pixels[2:3], max_new_tokens=8)
-    assert answers(model, PROMPTS, pixels, max_new_tokens=8) == first
-    assert graphs == [False] * 24
-
-
-def test_windowed_text_model_generates_past_its_window():
-    """Guards against: a window counted from the padding, or applied to the prompt only."""
-    config = replace(CONFIG, text=replace(CONFIG.text, window=6))
-    model, pixels = fill(ViPLLaVA(config), 7), random_pixels(4, 6, 7)
-    together = answers(model, PROMPTS, pixels, max_new_tokens=12)
-    assert together[1] == answers(model, [PROMPTS[1]], None, max_new_tokens=12)[0]
-    ids = PROMPTS[1] + together[1]
-    with torch.no_grad():
-        logits = model.llama.lm_head(model(torch.tensor([ids])))[0, :, : config.image_token_id]
-    assert logits.argmax(dim=-1)[len(PROMPTS[1]) - 1 : -1].tolist() == together[1]
-
-
 def test_released_configuration():
     """Guards against: defaults that drift from the 7B checkpoint: 576 patches of 5 x 1024, a projector of 37,767,168;
     what no parameter's shape shows is listed here a second time."""
@@ -411,38 +249,7 @@ def test_the_golden_cases_are_good():
         assert max(max(p) for p in prompts_of(case, IMAGE)) < case["image_token_id"]
 
 
-def test_an_answer_may_take_what_the_context_leaves():
-    """Guards against a default length that no prompt fits into, in a model whose context is short: 100 here."""
-    model, pixels = small()
-    rows = answers(model, PROMPTS[:1], pixels[:1])
-    assert len(rows[0]) == 100 - len(expand(PROMPTS[0], 9))
-    with pytest.raises(ValueError, match="the model's context is 100"):
-        answers(model, [[1] * 100], None)
-
-
 # -- what is refused -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "prompts, images, new, words",
-    [
-        ([], 0, 1, "0 prompts"),
-        ([[]], 0, 1, "none of them empty"),
-        ([[1, 2], []], 0, 1, "none of them empty"),
-        ([[1, 2]], 0, -1, "max_new_tokens -1"),
-        ([[1, IMAGE, 2]], 0, 1, "mention 1 images; got 0"),
-        ([[1, IMAGE, 2]], 2, 1, "mention 1 images; got 2"),
-        ([[1, 2]], 1, 1, "mention 0 images; got 1"),
-    ],
-)
-def test_requests_that_make_no_sense_are_refused_before_anything_runs(prompts, images, new, words):
-    """Guards against an answer to a padding token, and against CLIP running for prompts that do not want it."""
-    with torch.device("meta"):  # anything that ran would fail
-        model = ViPLLaVA(CONFIG)
-    side = CONFIG.vision.image_size
-    pixels = torch.zeros(images, 3, side, side) if images else None
-    with pytest.raises(ValueError, match=words):
-        next(model.generate(prompts, pixels, max_new_tokens=new))
 
 
 def test_ids_that_are_neither_words_nor_images_are_refused():

@@ -1,0 +1,190 @@
+"""Answers: prompts and marked images in, tokens out, one at a time, and nothing is computed twice.
+
+    for (token,) in generate(model, [ids], pixels, max_new_tokens=64, stop_ids={tokenizer.eos}): ...
+
+    embeds (B, T, C)   words and patches of the prompts, padded on the left
+    logits (B, V)      llama.prefill(embeds, cache): the prompts at once
+    token  (B,)        sample(logits); then logits = llama.decode(token, cache), again and again
+
+What is kept
+  * of an answer: keys and values of all tokens so far (llama.KVCache);
+  * of a chat: a Memory. Its next question costs only its own tokens; the image is encoded again, and all of the chat
+    computed anew, only when a marker has changed it;
+  * of several questions about one marked image: the image is encoded once, and what the prompts begin with in common,
+    the image among it, goes through the decoder once.
+
+A GPU is never waited for while there is something to do: the next steps are launched before a step's token has come
+to the host, so that a token which ends the answer is seen AHEAD steps late, and what followed it is dropped.
+"""
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+
+import torch
+
+from chat import IMAGE
+from llama import KVCache, sample
+from vipllava import ViPLLaVA, ViPLLaVAConfig, expand, pad
+
+AHEAD = 2  # steps that a GPU is given before the token of the first is read
+ROOM = 256  # a lone prompt's cache has a multiple of so many slots: a chat seldom outgrows it, and few shapes are compiled
+
+
+class Memory:
+    """What the last call for a chat left: its image, and the tokens whose keys and values are in the cache."""
+
+    def __init__(self):
+        self.cache: KVCache | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Everything but the room that the cache takes."""
+        self.pixels = self.patches = None
+        self.ids: list[int] = []
+
+    def look(self, model: ViPLLaVA, pixels: torch.Tensor | None) -> torch.Tensor | None:
+        """The image's patches, (I, N, C)."""
+        if pixels is None:
+            return None
+        if self.pixels is None or not torch.equal(pixels, self.pixels):
+            weight = model.llama.embed_tokens.weight
+            self.patches, self.pixels, self.ids = model.encode_images(pixels.to(weight.device, weight.dtype)), pixels, []
+        return self.patches
+
+    def recall(self, config: ViPLLaVAConfig, row: list[int], slots: int, dtype: torch.dtype, device: torch.device) -> int:
+        """How many of the row's tokens are in the cache, which has `slots` or more, ready for the token after them."""
+        known = common([self.ids, row[:-1]])  # the last one's logits are wanted in any case
+        if self.cache is None or self.cache.slots.numel() < slots:
+            slots = min(-(-slots // ROOM) * ROOM, config.text.context)
+            start = torch.full((1,), known, device=device)
+            self.cache = self.cache.continued(known, start, slots) if known else KVCache(config.text, start, slots, dtype)
+        self.cache.length.fill_(known)
+        return known
+
+
+@torch.inference_mode()
+def generate(
+    model: ViPLLaVA,
+    prompts: Sequence[Sequence[int]],
+    pixels: torch.Tensor | None = None,
+    *,
+    max_new_tokens: int | None = None,
+    stop_ids: Collection[int] = (),
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    memory: Memory | None = None,
+) -> Iterator[list[int | None]]:
+    """Answer a batch of prompts, one token a row at a time: yields lists of B ids, None for a row that has ended.
+
+    prompts: B lists of ids with one IMAGE for each image; pixels (I, 3, S, S): all their images in reading order, or a
+    single one that each prompt mentions once. A row ends with any of stop_ids (which are not yielded) or after
+    max_new_tokens; None is 512, or what the context leaves. Sampling options: see llama.sample. memory: of the chat
+    that a lone prompt goes on with. Raises ValueError, before anything is computed, when prompts and images don't match
+    or don't fit the context.
+    """
+    config, weight, memory = model.config, model.llama.embed_tokens.weight, memory or Memory()
+    rows = [expand(p, config.vision.patches) for p in prompts]
+    if max_new_tokens is None:
+        max_new_tokens = room(config, max(map(len, rows), default=0))
+    shared = _check_request(config, prompts, rows, pixels, max_new_tokens)
+    patches = memory.look(model, pixels)
+    ids, start = (x.to(weight.device) for x in pad(rows, 0, side="left"))
+    embeds = model.splice(ids, patches.expand(len(rows), -1, -1) if shared else patches)
+    slots = embeds.size(1) + max_new_tokens
+    if len(rows) == 1:
+        known = memory.recall(config, rows[0], slots, weight.dtype, weight.device)
+        cache = memory.cache
+    elif known := common([row[:-1] for row in rows]) if shared else 0:
+        beginning = KVCache(config.text, start[:1] * 0, known, weight.dtype)
+        model.llama(embeds[:1, start[0] : start[0] + known], beginning)
+        cache = beginning.continued(known, start + known, slots)
+    else:
+        cache = KVCache(config.text, start, slots, weight.dtype)
+
+    choose = lambda logits: sample(logits[:, : config.image_token_id], temperature, top_k, top_p, generator)  # noqa: E731
+    said, alive = [], [True] * len(rows)
+    try:
+        logits = model.llama.prefill(embeds[:, known:], cache)
+        tokens = steps(model.llama.decode, logits, cache, choose, max_new_tokens)
+        for arrived in delayed(tokens, AHEAD if weight.is_cuda else 0):
+            said.append(arrived())
+            alive = [a and token not in stop_ids for a, token in zip(alive, said[-1])]
+            if not any(alive):
+                return
+            yield [token if a else None for a, token in zip(alive, said[-1])]
+    finally:
+        if len(rows) == 1:
+            memory.ids = (rows[0] + [token for (token,) in said])[: int(cache.length)]
+
+
+def steps(decode: Callable, logits: torch.Tensor, cache: KVCache, choose: Callable, n: int) -> Iterator[Callable[[], list[int]]]:
+    """n tokens a row, none of which is waited for: yields functions that wait, and return B ids."""
+    for step in range(n):
+        token = choose(logits)  # (B,)
+        yield to_host(token)
+        if step + 1 < n:
+            logits = decode(token, cache)
+
+
+def to_host(token: torch.Tensor) -> Callable[[], list[int]]:
+    """Begin to copy; the function that is returned waits for the copy alone."""
+    if not token.is_cuda:
+        return token.tolist
+    copy, done = token.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record()
+
+    def wait() -> list[int]:
+        done.synchronize()
+        return copy.tolist()
+
+    return wait
+
+
+def delayed(items: Iterable, by: int) -> Iterator:
+    """The same items, each only after `by` more have been made."""
+    waiting = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > by:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def common(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with."""
+    return next((i for i, tokens in enumerate(zip(*rows)) if len(set(tokens)) > 1), min(map(len, rows)))
+
+
+def room(config: ViPLLaVAConfig, length: int) -> int:
+    """Tokens that an answer may have after a prompt of so many, where nobody says."""
+    return max(1, min(512, config.text.context - length))
+
+
+def _check_request(config, prompts, rows, pixels, max_new_tokens: int) -> bool:
+    """Is one image meant for all prompts? ValueError: something doesn't match."""
+    if not prompts or not all(prompts) or max_new_tokens < 0:
+        raise ValueError(
+            f"{len(prompts)} prompts of {[len(p) for p in prompts]} tokens, max_new_tokens {max_new_tokens}; "
+            "expected one prompt or more, none of them empty, and no less than 0 tokens to follow"
+        )
+    asked, given = [list(p).count(IMAGE) for p in prompts], 0 if pixels is None else len(pixels)
+    shared = given == 1 and set(asked) == {1}
+    if sum(asked) != given and not shared:
+        raise ValueError(f"the prompts mention {sum(asked)} images; got {given}")
+    longest, context = max(map(len, rows)), config.text.context
+    if longest + max_new_tokens > context:
+        raise ValueError(
+            f"the prompt has {longest} tokens and {max_new_tokens} are to follow; the model's context is {context}"
+        )
+    return shared
+
+
+def compile_steps(model: ViPLLaVA) -> None:
+    """torch.compile what generate repeats; the first call of each is slow. On a GPU a decoding step becomes one CUDA
+    graph for each number of slots."""
+    mode = "reduce-overhead" if model.llama.embed_tokens.weight.is_cuda else None
+    model.llama.decode = torch.compile(model.llama.decode, mode=mode, fullgraph=True)
+    model.llama.prefill = torch.compile(model.llama.prefill, dynamic=True)
+    model.encode_images = torch.compile(model.encode_images)
