@@ -50,6 +50,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import lora
+import quant
 from chat import TEMPLATES, stop_ids
 from clip import CLIP, MEAN, STD, TextConfig, VisionConfig
 from hub import find
@@ -59,6 +60,7 @@ from vipllava import Projector, ViPLLaVA, ViPLLaVAConfig
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14-336"
 FIVE = ViPLLaVAConfig.feature_layers  # the released models'
+METHOD = "vip-llava-"  # "int8" or "int4" follows: of quant.py, nothing that transformers knows
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
@@ -137,10 +139,11 @@ def split_fused(name: str, x: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
 
 @dataclass(frozen=True)
 class Part:
-    """The files of one checkpoint; what our names begin with that is not wanted from them."""
+    """The files of one checkpoint; what our names begin with that is not wanted from them; how they are quantised."""
 
     files: tuple[Path, ...]
     drop: tuple[str, ...] = ()
+    scheme: str = ""
 
     def open(self, file: Path) -> dict[str, torch.Tensor]:
         """Our names -> the tensors in `file`, mapped, not yet read."""
@@ -151,10 +154,13 @@ class Part:
                     continue
                 if name in tensors:
                     raise ValueError(f"{file} holds {name} twice, the second time as {theirs}")
-                if not x.is_floating_point():
+                if not x.is_floating_point() and not self.quantized(name):
                     raise ValueError(f"{file}: {theirs} is {x.dtype}; expected floating point, not quantised weights")
                 tensors[name] = x
         return tensors
+
+    def quantized(self, name: str) -> bool:
+        return bool(self.scheme and quant.TARGET.fullmatch(name))
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -168,18 +174,19 @@ class Part:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first tensor, and in a checkpoint of one piece of all."""
-        return next(x.dtype for file in self.files for x in self.open(file).values())
+        """Of the first tensor that is not quantised, and in a checkpoint of one piece of all."""
+        return next(x.dtype for file in self.files for name, x in self.open(file).items() if not self.quantized(name))
 
     def read(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor as `dtype` on `device`.
+        """Every tensor as `dtype` (what is quantised: as it is) on `device`.
 
         Pages of a mapped file are memory in use once they are read. Where tensors are converted, the file is opened
         anew some 32 times, each of which lets them go (but for a page or so of each tensor).
         """
         for file in self.files:
             tensors, seen = self.open(file), 0
-            as_is = device.type == "cpu" and all(x.dtype == dtype for x in tensors.values())
+            wanted = {name: x.dtype if self.quantized(name) else dtype for name, x in tensors.items()}
+            as_is = device.type == "cpu" and all(x.dtype == wanted[name] for name, x in tensors.items())
             total = sum(x.nbytes for x in tensors.values())
             for name in list(tensors):
                 if seen > total / 32 and not as_is:
@@ -187,7 +194,7 @@ class Part:
                     tensors, seen = self.open(file), 0
                 x = tensors[name]
                 seen += x.nbytes
-                yield name, (x if as_is else x.to(device, dtype, copy=True)).contiguous()
+                yield name, (x if as_is else x.to(device, wanted[name], copy=True)).contiguous()
 
 
 def open_file(path: Path) -> dict[str, torch.Tensor]:
@@ -231,15 +238,16 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return tuple(shards.values())
 
 
-def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=()) -> nn.Module:
-    """Give a model on the meta device its weights: from files, and from `fresh`, our names -> tensors; eval mode."""
+def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=(), quantize="") -> nn.Module:
+    """Give a model on the meta device its weights: from files, and from `fresh`, our names -> tensors; eval mode.
+    quantize: as each is read, see quant.py."""
     fresh = dict(fresh)
     found = {name: tuple(x.shape) for name, x in fresh.items()}
     for part in parts:
         if twice := found.keys() & part.shapes.keys():
             raise ValueError(f"{part.files[0].parent} holds {min(twice)}, which came already; expected it once")
         found |= part.shapes
-    expected = {rename(name): tuple(p.shape) for name, p in model.named_parameters()}
+    expected = {rename(name): tuple(x.shape) for name, x in model.state_dict().items()}
     wrong = [f"{n} {list(s)} is missing" for n, s in expected.items() if n not in found]
     wrong += [f"{n} {list(s)} is unexpected" for n, s in found.items() if n not in expected]
     both = [(n, list(found[n]), list(s)) for n, s in expected.items() if found.get(n, s) != s]
@@ -248,12 +256,17 @@ def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=()) -> nn.Mod
         more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ValueError(f"the weights in {parts[0].files[0].parent} don't fit: {'; '.join(wrong[:4])}{more}")
 
+    if quantize:
+        quant.swap(model, quantize)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or default_dtype(device, sum(p.numel() for p in model.parameters()), parts[0].dtype)
+    size = sum(p.numel() for p in model.parameters()) + sum(x.nbytes for x in model.buffers()) // 4
+    dtype = dtype or default_dtype(device, size, parts[0].dtype)
     tensors = {name: x.to(device, dtype) for name, x in fresh.items()}
-    reading = (pair for part in parts for pair in part.read(device, dtype))
-    tensors.update(_with_bar(reading, len(found) - len(fresh)))
+    reading = _with_bar((pair for part in parts for pair in part.read(device, dtype)), len(found) - len(fresh))
+    tensors.update(quant.compress(reading, quantize) if quantize else reading)
     model.load_state_dict({name: tensors[rename(name)] for name in model.state_dict()}, assign=True)
+    if dtype.itemsize == 2 and device.type == "cpu":
+        quant.widen(model)
     return model.eval()
 
 
@@ -388,17 +401,27 @@ def join_configs(config: dict, text: LlamaConfig, vision: VisionConfig, inputs: 
 # -- in --------------------------------------------------------------------------------------------------------------
 
 
-def load(path_or_name, device=None, dtype: torch.dtype | None = None, clip=None) -> tuple[ViPLLaVA, Tokenizer]:
+def load(
+    path_or_name, device=None, dtype: torch.dtype | None = None, clip=None, quantize: str = "", ready: bool = True
+) -> tuple[ViPLLaVA, Tokenizer]:
     """A ViP-LLaVA in Hugging Face's or the official layout, in eval mode, and its tokenizer.
 
     path_or_name: see `find`. device: None is CUDA where there is one. dtype: None leaves it to `default_dtype`. clip:
-    another CLIP whose image tower is to be used; DEFAULT_CLIP's is where the official layout has none inside. A folder
-    with an adapter (lora.py) gives its base with the adapter merged.
+    another CLIP whose image tower is to be used; DEFAULT_CLIP's is where the official layout has none inside.
+    quantize: "int8" or "int4", see quant.py, and `ready` for use, not to be saved. A folder with an adapter (lora.py)
+    gives its base with the adapter merged.
     """
-    folder = find(path_or_name)
+    model, tokenizer = _load(find(path_or_name), device, dtype, clip, quantize)
+    return quant.pack(model) if ready else model, tokenizer
+
+
+def _load(folder: Path, device, dtype, clip, quantize: str) -> tuple[ViPLLaVA, Tokenizer]:
     if what := lora.about(folder):
-        model, tokenizer = load(what["base"], device, dtype, clip)
-        return lora.merge(lora.load(model, folder)).requires_grad_(True), tokenizer
+        model, tokenizer = _load(find(what["base"]), device, dtype, clip, "")
+        if model.config.quantized:
+            raise ValueError(f"{folder} is an adapter of {what['base']}, which is {model.config.quantized}; expected 16 bits")
+        model = lora.merge(lora.load(model, folder)).requires_grad_(True)
+        return quant.quantize(model, quantize) if quantize else model, tokenizer
     config = read_json(folder / "config.json")
     kind, tower = config.get("model_type"), str(config.get("mm_vision_tower"))
     official = kind in OFFICIAL and "clip_4layers_336" in tower
@@ -407,7 +430,8 @@ def load(path_or_name, device=None, dtype: torch.dtype | None = None, clip=None)
             f"{folder}/config.json says model_type {kind!r}, mm_vision_tower {tower!r}; expected vipllava, or "
             f"{', '.join(OFFICIAL)} with clip_4layers_336"
         )
-    parts = [Part(weight_files(folder), drop=("vision.",) if clip else ())]
+    scheme = str(_object(config, "quantization_config", {}).get("quant_method", "")).removeprefix(METHOD)
+    parts = [Part(weight_files(folder), ("vision.",) if clip else (), scheme)]
     vision = _object(config, "vision_config", None)
     if official and not clip and not any(name.startswith("vision.") for name in parts[0].shapes):
         clip = DEFAULT_CLIP
@@ -415,7 +439,7 @@ def load(path_or_name, device=None, dtype: torch.dtype | None = None, clip=None)
         part, vision = _tower(clip)
         parts.append(part)
     text = config if official else _object(config, "text_config", {})
-    return _assemble(config, text, vision, parts, Tokenizer.load(folder), device, dtype)
+    return _assemble(config, text, vision, parts, Tokenizer.load(folder), device, dtype, quantize=quantize)
 
 
 def load_parts(llm, clip=DEFAULT_CLIP, projector=None, device=None, dtype: torch.dtype | None = None):
@@ -443,7 +467,9 @@ def _tower(clip) -> tuple[Part, dict]:
     return Part(weight_files(folder), drop=CLIP_REST), _object(config, "vision_config", {})
 
 
-def _assemble(config, text, vision, parts, tokenizer, device, dtype, fresh=False) -> tuple[ViPLLaVA, Tokenizer]:
+def _assemble(
+    config, text, vision, parts, tokenizer, device, dtype, fresh=False, quantize=""
+) -> tuple[ViPLLaVA, Tokenizer]:
     """Configs of the whole, of the decoder and of the tower, and files -> a model; `fresh`: with a new projector."""
     shapes = {name: shape for part in parts for name, shape in part.shapes.items()}
     text = text_config(text, rows=shapes.get("llama.embed_tokens.weight", (0,))[0])
@@ -452,8 +478,10 @@ def _assemble(config, text, vision, parts, tokenizer, device, dtype, fresh=False
     config = join_configs(config, text, vision, inputs, tokenizer)
     with torch.device("meta"):
         model = ViPLLaVA(config)
+    if parts[0].scheme:
+        quant.swap(model, parts[0].scheme)
     projector = {f"projector.{name}": x for name, x in Projector(config).state_dict().items()} if fresh else {}
-    return fill(model, parts, device, dtype, projector), tokenizer
+    return fill(model, parts, device, dtype, projector, quantize), tokenizer
 
 
 # -- out -------------------------------------------------------------------------------------------------------------
@@ -470,8 +498,11 @@ def save(model: ViPLLaVA, tokenizer: Tokenizer, folder, shard_bytes: float = 5e9
 
     All is written to a hidden folder beside. Where `folder` is new, that is renamed; else its files are moved over,
     and till the last has come config.json says so: a model is whole, or it doesn't load. A model that `save` wrote is
-    replaced, other files stay. Raises ValueError, before anything is written, where another model would be lost.
+    replaced, other files stay. Raises ValueError, before anything is written, where another model would be lost, and
+    for quantised weights that were made ready for one device.
     """
+    if any(isinstance(layer, quant.Int4Linear) and layer.kernel for layer in model.modules()):
+        raise ValueError("these 4 bits are laid out for one device; expected a model loaded with ready=False")
     with _beside(folder) as beside:
         _write_weights(model.config, state or model.state_dict(), beside, shard_bytes)
         _write_configs(model, tokenizer, beside)
@@ -534,10 +565,10 @@ def _write_weights(config: ViPLLaVAConfig, state: dict, folder: Path, shard_byte
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors = {hub_name(name): state[name].cpu().contiguous() for name in names}  # on a CPU these are no copies
-        for name in tensors.keys() & {hub_name("llama.embed_tokens.weight"), hub_name("llama.lm_head.weight")}:
-            x = tensors[name]
+        for name in [name for name in names if more and name.startswith(("llama.embed_tokens.", "llama.lm_head."))]:
+            x = state[name].cpu()
             mean = x.float().mean(dim=0, keepdim=True).to(x.dtype)  # a head's mean row is never the likeliest token
-            tensors[name] = torch.cat([x, mean.expand(more, -1)]) if more else x
+            tensors[hub_name(name)] = torch.cat([x, mean.expand(more, *x.shape[1:])])
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors lets nobody but its owner read it
         places.update(dict.fromkeys(tensors, file))
@@ -580,7 +611,8 @@ def config_json(c: ViPLLaVAConfig, rows: int) -> dict:
     if c.text.window is not None:  # Mistral is LLaMA with a window
         text |= {"model_type": "mistral", "sliding_window": c.text.window}
     vision = {key: getattr(c.vision, ours) for ours, (key, _) in VISION.items()}
-    return {
+    scheme = {"quantization_config": {"quant_method": METHOD + c.quantized}} if c.quantized else {}
+    return scheme | {
         "model_type": "vipllava",
         "architectures": ["VipLlavaForConditionalGeneration"],
         "template": c.template,

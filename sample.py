@@ -366,6 +366,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     one("--seed", type=int, default=0, metavar="N", help="if T > 0, the same seed gives the same answer (default: 0)")
     one("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     one("--dtype", choices=DTYPES, help="of the weights (default: bfloat16 on a GPU, else float32 if memory allows)")
+    one("--quantize", choices=("int8", "int4"), default="", help="fewer bits for the decoder's weights, see quant.py")
     switch("--compile", help="torch.compile the decoding: a slow start, which --json counts as loading, then faster")
     args, unknown = parser.parse_known_args(_attach_negatives(argv))
     if flags := [text for text in unknown if text.startswith("-")]:
@@ -420,7 +421,7 @@ def main(argv: list[str]) -> None:
     began = time.perf_counter()
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    model, tokenizer = checkpoint.load(args.model, device, DTYPES.get(args.dtype))
+    model, tokenizer = checkpoint.load(args.model, device, DTYPES.get(args.dtype), quantize=args.quantize)
     opening = turns or [Turn("", image=True)]
     _, limit = fit(model, tokenizer, opening, args.max_new_tokens)
     memory = Memory()

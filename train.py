@@ -507,6 +507,8 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
     source, recipe = find_source(recipe, args.images)
     stored = low if recipe.train in ("lora", "projector") else torch.float32
     model, tokenizer = checkpoint.load(args.model, place.device, stored) if args.model else tiny_model(recipe)
+    if model.config.quantized:
+        raise ValueError(f"{args.model} is {model.config.quantized}; expected 16 or 32 bits a weight")
     if args.clip:
         take_tower(model, args.clip)
     freeze(model.to(place.device), recipe, torch.float32 if args.parallel == "fsdp" else low)  # FSDP casts by itself

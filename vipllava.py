@@ -44,6 +44,7 @@ class ViPLLaVAConfig:
     projector_eps: float = 1e-5
     image_token_id: int = 32000  # ids below it are words
     template: str = "llava_v1"  # the conversation format that the weights were trained with, see chat.py
+    quantized: str = ""  # "int8" or "int4": how the decoder's weights are kept, see quant.py
 
 
 class Projector(nn.Module):

@@ -1,0 +1,204 @@
+"""Weights in 8 or 4 bits: a decoder that reads half or a quarter as many bytes for a token, and so takes as much less time.
+
+Each token that is generated needs every weight once, and fetching them is what takes the time. So only they are made
+smaller; what is computed with stays in 16 or 32 bits ("weight-only"):
+
+    int8   w ≈ scale · q            q = -127 … 127, a scale for each row (each output)
+    int4   w ≈ scale · q + low      q = 0 … 15, a scale and a lowest value for each GROUP of a row's inputs
+
+Quantised are the decoder's matrices, its head included; CLIP, the projector, word embeddings and norms stay.
+
+    model, tokenizer = checkpoint.load("7b", quantize="int8")      # as they are read: 16 bits are never in memory whole
+    python quant.py 7b runs/7b-int4 --bits 4                       # once; then --model runs/7b-int4
+
+Which way is the fastest depends on the device and on how many rows x has: one for each new token, all of the prompt's.
+On a CPU few rows take PyTorch's own kernel, and many a product with the weights unpacked; on a GPU torch.compile joins
+unpacking and product of int8 into one kernel, and 4 bits have PyTorch's own.
+"""
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+GROUP = 128  # inputs that share a scale, in 4 bits
+FEW = 32  # rows for which a CPU's kernel is faster than to unpack the weights first
+TARGET = re.compile(r"llama\.(lm_head|layers\.\d+\.(self_attn|mlp)\.\w+_proj)\.(weight|scale|low)")
+
+
+# Is this a CPU without instructions for bfloat16? Then float32 is faster, once there are many rows.
+WIDE = torch.backends.cpu.get_cpu_capability() == "AVX2" or not torch.cpu._is_avx512_bf16_supported()
+
+
+def product_type(x: torch.Tensor) -> torch.dtype:
+    """In which a product of many rows is fastest."""
+    return torch.float32 if WIDE and x.device.type == "cpu" else x.dtype
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """(…, in) -> (rows, in), one after the other in memory: kernels go by the stride even of a lone row."""
+    return x.flatten().view(-1, x.size(-1))
+
+
+class HalfLinear(nn.Linear):
+    """A linear layer of 16 bits, where a product of many rows is faster in 32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kind = product_type(x) if x.numel() // x.size(-1) >= FEW else x.dtype
+        bias = None if self.bias is None else self.bias.to(kind)
+        return F.linear(x.to(kind), self.weight.to(kind), bias).to(x.dtype)
+
+
+class Int8Linear(nn.Module):
+    """x (…, in) -> (…, out), by whole numbers and a scale for each row."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.register_buffer("weight", torch.empty(outputs, inputs, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(outputs))
+
+    @staticmethod
+    def compress(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(out, in) -> the buffers."""
+        scale = weight.abs().amax(dim=1).float() / 127  # (out,)
+        q = (weight / scale.clamp(min=1e-30)[:, None]).round()
+        return {"weight": q.to(torch.int8), "scale": scale}
+
+    def pack(self) -> None:
+        """Move weights that a file maps to any place: a CPU's kernel reads from multiples of 64 bytes."""
+        if self.weight.data_ptr() % 64:
+            self.weight = self.weight.clone()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = rows_of(x)
+        if x.device.type == "cpu" and len(rows) < FEW and x.size(-1) % 32 == 0:  # reads beyond the end of others
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16())
+        else:
+            kind = product_type(x)
+            y = F.linear(rows.to(kind), self.weight.to(kind)) * self.scale.to(kind)
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+class Int4Linear(nn.Module):
+    """x (…, in) -> (…, out), by two numbers a byte, and a scale and a lowest value for each group of inputs."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.register_buffer("weight", torch.empty(outputs, inputs // 2, dtype=torch.uint8))
+        self.register_buffer("scale", torch.empty(outputs, inputs // GROUP))
+        self.register_buffer("low", torch.empty(outputs, inputs // GROUP))
+        self.kernel = None  # see `pack`
+
+    @staticmethod
+    def compress(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(out, in) -> the buffers. ValueError: the inputs are no whole number of groups."""
+        if weight.size(1) % GROUP:
+            raise ValueError(f"a matrix of {weight.size(1)} inputs in 4 bits; expected a multiple of {GROUP}")
+        groups = weight.float().unflatten(1, (-1, GROUP))  # (out, groups, GROUP)
+        low, high = groups.aminmax(dim=2)
+        scale = ((high - low) / 15).to(torch.bfloat16).float()  # kernels take 16 bits: q is made for what they see
+        low = low.to(torch.bfloat16).float()
+        q = ((groups - low[..., None]) / scale.clamp(min=1e-30)[..., None]).round().clamp(0, 15).to(torch.uint8)
+        first, second = q.flatten(1).unflatten(1, (-1, 2)).unbind(2)
+        return {"weight": first | second << 4, "scale": scale, "low": low}
+
+    def numbers(self) -> torch.Tensor:
+        """(out, in), 0 … 15."""
+        return torch.stack([self.weight & 15, self.weight >> 4], dim=2).flatten(1)
+
+    def pack(self) -> None:
+        """Lay the weights out as this device's kernel wants them, where it has one for this shape."""
+        outputs, inputs = self.scale.size(0), self.scale.size(1) * GROUP
+        q, device = self.numbers(), self.weight.device.type
+        if device == "cpu" and outputs % 64 == 0:
+            self.kernel = torch._weight_int4pack_mm_for_cpu
+            self.weight = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1)
+        elif device == "cuda" and outputs % 8 == 0 and inputs % 1024 == 0:
+            self.kernel = torch._weight_int4pack_mm
+            self.weight = torch._convert_weight_to_int4pack(q[:, 1::2] | q[:, ::2] << 4, 8)
+        else:
+            return
+        middle = self.low + 8 * self.scale  # kernels count from the middle
+        self.scale = torch.stack([self.scale.T, middle.T], dim=2).bfloat16().contiguous()  # (groups, out, 2)
+        self.low = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kernel:
+            y = self.kernel(rows_of(x).bfloat16(), self.weight, GROUP, self.scale)
+            return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        groups = self.numbers().unflatten(1, (-1, GROUP)) * self.scale[..., None] + self.low[..., None]
+        return F.linear(x, groups.flatten(1).to(x.dtype))
+
+
+SCHEMES = {"int8": Int8Linear, "int4": Int4Linear}
+
+
+def quantize(model: nn.Module, scheme: str) -> nn.Module:
+    """A model's own weights, made smaller."""
+    tensors = dict(compress(model.state_dict().items(), scheme))
+    swap(model, scheme).load_state_dict(tensors, assign=True)
+    return model
+
+
+def compress(tensors: Iterable[tuple[str, torch.Tensor]], scheme: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a model -> those of the same model after `swap`, one by one."""
+    for name, x in tensors:
+        if TARGET.fullmatch(name):
+            stem = name.removesuffix("weight")
+            yield from ((stem + part, y) for part, y in SCHEMES[scheme].compress(x).items())
+        else:
+            yield name, x
+
+
+def swap(model: nn.Module, scheme: str) -> nn.Module:
+    """Layers of the scheme, without values yet, in the place of the decoder's. ValueError: there is no such scheme, or
+    they are some already."""
+    if scheme not in SCHEMES or model.config.quantized:
+        already = f" of a model that is {model.config.quantized} already" * bool(model.config.quantized)
+        raise ValueError(f"quantize is {scheme!r}{already}; expected {' or '.join(SCHEMES)}, once")
+    model.config = replace(model.config, quantized=scheme)
+    for name in [name for name in model.state_dict() if TARGET.fullmatch(name)]:
+        parent, child = name.removesuffix(".weight").rsplit(".", 1)
+        old = model.get_submodule(f"{parent}.{child}")
+        with torch.device("meta"):
+            setattr(model.get_submodule(parent), child, SCHEMES[scheme](old.in_features, old.out_features))
+    return model
+
+
+def widen(model: nn.Module) -> None:
+    """Every linear layer of 16 bits becomes a HalfLinear."""
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = HalfLinear
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """The last step before use: the weights as this device's kernels want them. 4 bits can't be saved any more then."""
+    for layer in model.modules():
+        if isinstance(layer, tuple(SCHEMES.values())):
+            layer.pack()
+    return model
+
+
+def main(argv: list[str]) -> None:
+    import checkpoint
+    from commandline import Parser
+
+    parser = Parser(description="Write a checkpoint whose decoder has 8 or 4 bits a weight.")
+    parser.add_argument("model", help="a name or folder")
+    parser.add_argument("out", help="the folder to write")
+    parser.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of a weight (8)")
+    args = parser.parse_args(argv)
+    checkpoint.check_target(args.out)
+    model, tokenizer = checkpoint.load(args.model, "cpu", torch.bfloat16, quantize=f"int{args.bits}", ready=False)
+    checkpoint.save(model, tokenizer, args.out)
+
+
+if __name__ == "__main__":
+    from commandline import run
+
+    sys.exit(run(main))
