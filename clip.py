@@ -121,8 +121,8 @@ def preprocess(image: Image.Image, size: int, mode: str = "pad") -> torch.Tensor
         raise ValueError(f'unknown mode {mode!r}; expected "pad", "squeeze" or "crop"')
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255  # (3, S, S)
-    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()  # (3, S, S)
+    return pixels.div_(255).sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
 
 
 # -- the transformer that both towers share --------------------------------------------------------------------------

@@ -45,10 +45,14 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 class HalfLinear(nn.Linear):
-    """A linear layer of 16 bits, where a product of many rows is faster in 32."""
+    """A linear layer of 16 bits on a CPU: for one row PyTorch's matrix-vector product is faster, where it has
+    instructions for it, and for many rows without them float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kind = product_type(x) if x.numel() // x.size(-1) >= FEW else x.dtype
+        count = x.numel() // x.size(-1)
+        if count == 1 and not WIDE and self.bias is None:
+            return torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)
+        kind = product_type(x) if count >= FEW else x.dtype
         bias = None if self.bias is None else self.bias.to(kind)
         return F.linear(x.to(kind), self.weight.to(kind), bias).to(x.dtype)
 
@@ -64,8 +68,9 @@ class Int8Linear(nn.Module):
     @staticmethod
     def compress(weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """(out, in) -> the buffers."""
-        scale = weight.abs().amax(dim=1).float() / 127  # (out,)
-        q = (weight / scale.clamp(min=1e-30)[:, None]).round()
+        low, high = weight.aminmax(dim=1)
+        scale = torch.maximum(-low, high).float() / 127  # (out,)
+        q = weight.to(torch.float32, copy=True).mul_(1 / scale.clamp(min=1e-30)[:, None]).round_()
         return {"weight": q.to(torch.int8), "scale": scale}
 
     def pack(self) -> None:

@@ -15,21 +15,20 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import multiprocessing
 import platform
-import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 import checkpoint
 import llama
 import lora
+from bench.sides import Side, alone
 from chat import IMAGE
 from clip import VisionConfig
 from commandline import Parser, check_device, run
@@ -149,67 +148,39 @@ STEPS = {"transformers": their_step, "ours": our_step}
 # -- the race --------------------------------------------------------------------------------------------------------
 
 
-def serve(name: str, args: argparse.Namespace, folder: str, pipe) -> None:
-    """One side's process: whenever asked, a step -> (seconds, loss); in the end the peak of its memory, in bytes."""
-    step = STEPS[name](args, folder)
-    pipe.send("ready")
-    while pipe.recv() == "step":
-        began = time.perf_counter()
-        loss = step()  # whose number has come from the device
-        pipe.send((time.perf_counter() - began, loss))
-    cuda = args.device.type == "cuda"
-    pipe.send(torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-
-
-class Side:
-    """A side's process, as seen from here."""
+class Step:
+    """A side's step, timed."""
 
     def __init__(self, name: str, args: argparse.Namespace, folder: str):
-        self.name, self.times, self.losses, self.peak = name, [], [], 0
-        self._pipe, theirs = multiprocessing.Pipe()
-        self._process = CONTEXT.Process(target=serve, args=(name, args, folder, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._receive()
+        self._step = STEPS[name](args, folder)
 
-    def _receive(self):
-        try:
-            return self._pipe.recv()
-        except EOFError:
-            raise MemoryError(f"{self.name} ended early; too little memory? expected room for it") from None
-
-    def step(self) -> None:
-        self._pipe.send("step")
-        seconds, loss = self._receive()
-        self.times.append(seconds)
-        self.losses.append(loss)
-
-    def stop(self) -> None:
-        self._pipe.send("stop")
-        self.peak = self._receive()
-        self._process.join()
+    def timed(self) -> tuple[float, float]:
+        began = time.perf_counter()
+        loss = self._step()  # whose number has come from the device
+        return time.perf_counter() - began, loss
 
 
-CONTEXT = multiprocessing.get_context("spawn")
+@dataclass
+class Race:
+    """A side after its steps."""
+
+    name: str
+    peak: int  # bytes
+    times: tuple[float, ...]
+    losses: tuple[float, ...]
 
 
-def race(names: Sequence[str], args: argparse.Namespace) -> list[Side]:
+def race(names: Sequence[str], args: argparse.Namespace) -> list[Race]:
     """All sides after their steps, in turns, or with --apart one side after the other."""
     done = []
     with tempfile.TemporaryDirectory() as folder:
-        writer = CONTEXT.Process(target=write_weights, args=(args, f"{folder}/model"))
-        writer.start()
-        writer.join()
-        if writer.exitcode:
-            raise MemoryError(f"no weights of size {args.size} could be written (status {writer.exitcode})")
+        alone(write_weights, args, f"{folder}/model")
         for group in [[name] for name in names] if args.apart else [names]:
-            sides = [Side(name, args, f"{folder}/model") for name in group]
-            for _ in range(args.warmup + args.steps):
-                for side in sides:
-                    side.step()
-            for side in sides:
+            sides = [Side(name, Step, name, args, f"{folder}/model") for name in group]
+            rounds = [[side("timed") for side in sides] for _ in range(args.warmup + args.steps)]
+            for side, steps in zip(sides, zip(*rounds)):
                 side.stop()
-            done += sides
+                done.append(Race(side.name, side.peak, *zip(*steps)))
     first = [side.losses[0] for side in done]
     if max(first) / min(first) - 1 > (1e-5 if args.precision == "float32" else 1e-2):
         raise ValueError(f"the first losses of {', '.join(names)} are {first}; expected them to agree")

@@ -2,7 +2,9 @@
 
 import json
 
-from bench import records, training
+import pytest
+
+from bench import images, records, speed, training
 from commandline import run
 
 
@@ -19,3 +21,24 @@ def test_records(capsys):
     assert run(records.main, ["-n", "14"]) == 0
     out = capsys.readouterr().out
     assert out.count("14 good, 0 bad") == 2 and "largest process" in out
+
+
+def test_speed(capsys):
+    """Guards against a benchmark that has rotted, and a side that says other tokens."""
+    assert run(speed.main, ["--size", "tiny", "--words", "4", "--tokens", "3", "--repeat", "1", "--precision", "int8", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out[2:6]] == ["decode", "prefill", "load", "second"]
+    found = json.loads(out[-1])["results"]["ours int8"]
+    assert len(found["answers"][0][2]) == 3 and len(found["turns"]) == 1 and found["peak"] > 0
+
+
+def test_flops_and_bytes():
+    """Guards against a limit that is not one: the 7B model's numbers, counted by hand."""
+    config = speed.SIZES["7b"]
+    assert speed.prefill_flops(config, 64) == pytest.approx(8.81e12, rel=0.01)
+
+
+def test_images(capsys):
+    """Guards against a benchmark that has rotted."""
+    assert run(images.main, ["--repeat", "1"]) == 0
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])) == 9

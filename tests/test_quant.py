@@ -99,14 +99,14 @@ def test_sixteen_bits_may_be_multiplied_in_thirty_two(wide, bias, monkeypatch):
     model = torch.nn.Sequential(layer)
     quant.widen(model)
     assert type(layer) is HalfLinear
-    for rows in (1, 100):
+    for rows in (1, 2, 100):
         x = torch.randn(rows, 64, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1))
         expected = F.linear(x.float(), layer.weight.float(), layer.bias.float() if bias else None)
-        assert layer(x).dtype == torch.bfloat16
+        assert layer(x).dtype == torch.bfloat16 and layer(x[None]).shape == (1, rows, 48)
         assert relative_error(layer(x).float(), expected) < 0.01
     seen = []
     monkeypatch.setattr(F, "linear", lambda x, weight, bias: seen.append((x.dtype, weight.dtype)) or x)
-    layer(torch.zeros(1, 64, dtype=torch.bfloat16)), layer(torch.zeros(100, 64, dtype=torch.bfloat16))
+    layer(torch.zeros(2, 64, dtype=torch.bfloat16)), layer(torch.zeros(100, 64, dtype=torch.bfloat16))
     assert seen == [(torch.bfloat16,) * 2, (torch.float32 if wide else torch.bfloat16,) * 2]
 
 

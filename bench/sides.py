@@ -1,0 +1,59 @@
+"""Both sides of a comparison, each in a process of its own: its memory can be told, and they take turns."""
+
+import multiprocessing
+import resource
+import sys
+from collections.abc import Callable
+
+import torch
+
+CONTEXT = multiprocessing.get_context("spawn")
+
+
+def serve(make: Callable, arguments: tuple, pipe) -> None:
+    """What `make` returns does what is asked for: (method, arguments) -> result; None ends it, with its peak memory."""
+    work = make(*arguments)
+    pipe.send("ready")
+    while request := pipe.recv():
+        method, given = request
+        pipe.send(getattr(work, method)(*given))
+    scale = 1 if sys.platform == "darwin" else 1024
+    on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
+    pipe.send(on_gpu or scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+class Side:
+    """make(*arguments) in its process. Side.method(…) there is side("method", …) here."""
+
+    def __init__(self, name: str, make: Callable, *arguments):
+        self.name, self.peak = name, 0
+        self._pipe, theirs = multiprocessing.Pipe()
+        self._process = CONTEXT.Process(target=serve, args=(make, arguments, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._receive()
+
+    def _receive(self):
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise MemoryError(f"{self.name} ended early; too little memory? expected room for it") from None
+
+    def __call__(self, method: str, *arguments):
+        self._pipe.send((method, arguments))
+        return self._receive()
+
+    def stop(self) -> None:
+        """End it; `peak` is the largest memory that it took, in bytes: of a GPU, where it used one."""
+        self._pipe.send(None)
+        self.peak = self._receive()
+        self._process.join()
+
+
+def alone(function: Callable, *arguments) -> None:
+    """function(*arguments) in a process that is gone, with its memory, afterwards."""
+    process = CONTEXT.Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise MemoryError(f"{function.__name__} ended with status {process.exitcode}; too little memory or disk?")

@@ -1,0 +1,297 @@
+"""How fast an answer comes: ours and transformers', in one run on the same weights.
+
+    python -m bench.speed --size 1b                                    on a CPU: 16 bits, 8, 4, and 32
+    python -m bench.speed --size 7b --compile                          on a GPU
+    python -m bench.speed --size tiny --tokens 8 --repeat 1            does it run?
+
+| measure     | what is timed                                                                             |
+| ----------- | ----------------------------------------------------------------------------------------- |
+| load        | from a folder to weights, all of whose pages have been touched                            |
+| prefill     | from pixels and ids (the image, and --words after it) to the first token                  |
+| decode      | a token after that, the mean of --tokens                                                  |
+| second turn | of a chat, to its first token: with what is kept of the first, against starting over      |
+
+Each side is a process; they take turns, and what counts are medians after a warm-up, in which whatever is compiled is
+compiled (its time is told). Limits are measured in the same run: for decode the bytes that a token has to read, over
+the most that a copy or a matrix-vector product moves here; for prefill its operations, over what a large matrix product
+reaches in the same precision. In 32 bits both sides must say the same tokens; in 16, where near ties may fall
+otherwise, it is told how many are the same. Weights are random, of the true shapes.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+
+import torch
+
+import checkpoint
+import llama
+from bench.sides import Side, alone
+from bench.training import SIZES, matmul_tflops
+from chat import IMAGE
+from clip import VisionConfig
+from commandline import Parser, check_device, run
+from generate import Memory, compile_steps, generate
+from tokenizer import Tokenizer
+from vipllava import ViPLLaVA, ViPLLaVAConfig, expand
+
+SIZES = SIZES | {"13b": ViPLLaVAConfig(VisionConfig(), replace(llama.SIZES["13b"], vocab_size=32064))}
+NEXT = 20  # tokens of a chat's second question
+ANSWER = 16  # of its first answer
+
+
+def config_of(args: argparse.Namespace) -> ViPLLaVAConfig:
+    config = SIZES[args.size]
+    return replace(config, image_token_id=config.text.vocab_size - 64)
+
+
+def write_weights(args: argparse.Namespace, folder: str) -> None:
+    """A random model in 16 bits."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    checkpoint.save(ViPLLaVA(config_of(args)), Tokenizer.train(["a"], 300), folder)
+
+
+def request(args: argparse.Namespace) -> tuple[list[int], torch.Tensor]:
+    """Ids with one IMAGE, and pixels."""
+    generator, config = torch.Generator().manual_seed(1), config_of(args)
+    words = torch.randint(3, config.image_token_id, (args.words,), generator=generator).tolist()
+    S = config.vision.image_size
+    return [1, IMAGE, *words[1:]], torch.randn(1, 3, S, S, generator=generator)
+
+
+def touch(model: torch.nn.Module) -> float:
+    """Read a number of every page."""
+    return sum(x.detach().flatten()[:: 4096 // x.element_size()].float().sum().item() for x in model.state_dict().values())
+
+
+class Ours:
+    def __init__(self, args: argparse.Namespace, folder: str, precision: str):
+        self.quantize = precision if precision.startswith("int") else ""
+        self.dtype = torch.bfloat16 if self.quantize else getattr(torch, precision)
+        self.args, self.folder, self.memory = args, folder, Memory()
+        self.ids, self.pixels = request(args)
+        self._load()
+        if args.compile:
+            compile_steps(self.model)
+
+    def _load(self) -> None:
+        self.model, _ = checkpoint.load(self.folder, self.args.device, self.dtype, quantize=self.quantize)
+
+    def load(self) -> float:
+        self.model = None
+        gc.collect()
+        began = time.perf_counter()
+        self._load()
+        touch(self.model)
+        return time.perf_counter() - began
+
+    def read(self) -> int:
+        """Bytes that a token has to read: the decoder's weights, and keys and values in the middle of the answer."""
+        state = self.model.llama.state_dict()
+        text, length = self.model.config.text, len(expand(self.ids, self.model.config.vision.patches))
+        kept = 2 * text.layers * text.kv_heads * text.head_width * self.dtype.itemsize * (length + self.args.tokens // 2)
+        return kept + sum(x.nbytes for name, x in state.items() if not name.startswith("embed_tokens"))
+
+    def answer(self) -> tuple[float, float, list[int]]:
+        """Seconds to the first token, seconds a token after it, tokens."""
+        self.memory.forget()
+        times, tokens = [time.perf_counter()], []
+        for (token,) in generate(self.model, [self.ids], self.pixels, max_new_tokens=self.args.tokens, memory=self.memory):
+            times.append(time.perf_counter())
+            tokens.append(token)
+        return times[1] - times[0], (times[-1] - times[1]) / max(1, len(tokens) - 1), tokens
+
+    def turn(self) -> tuple[float, float]:
+        """Seconds to the first token of a second question: with the first turn's memory, and without."""
+        self.memory.forget()
+        said = [t for (t,) in generate(self.model, [self.ids], self.pixels, max_new_tokens=ANSWER, memory=self.memory)]
+        chat, seconds = [*self.ids, *said, *range(5, 5 + NEXT)], []
+        for memory in (self.memory, None):
+            began = time.perf_counter()
+            next(generate(self.model, [chat], self.pixels, max_new_tokens=1, memory=memory))
+            seconds.append(time.perf_counter() - began)
+        return tuple(seconds)
+
+
+class Transformers:
+    """generate of VipLlavaForConditionalGeneration, on a GPU with its static cache, which it compiles by itself."""
+
+    def __init__(self, args: argparse.Namespace, folder: str, precision: str):
+        self.args, self.folder, self.dtype = args, folder, getattr(torch, precision)
+        ids, self.pixels = request(args)
+        config = config_of(args)
+        row = [config.image_token_id if i == IMAGE else i for i in expand(ids, config.vision.patches)]
+        self.ids = torch.tensor([row], device=args.device)
+        self.pixels = self.pixels.to(args.device, self.dtype)
+        self._load()
+        self.model.generation_config.cache_implementation = "static" if args.device.type == "cuda" else None
+
+    def _load(self) -> None:
+        from transformers import VipLlavaForConditionalGeneration, logging
+
+        logging.disable_progress_bar()
+        place = {"device_map": self.args.device} if self.args.device.type == "cuda" else {}
+        self.model = VipLlavaForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype, **place).eval()
+
+    load = Ours.load
+
+    def answer(self) -> tuple[float, float, list[int]]:
+        from transformers import StoppingCriteria
+
+        times = [time.perf_counter()]
+
+        class Clock(StoppingCriteria):
+            def __call__(self, ids, scores, **_):
+                ids[0, -1].item()  # has come from the device
+                times.append(time.perf_counter())
+                return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        n = self.args.tokens
+        out = self.model.generate(input_ids=self.ids, pixel_values=self.pixels, attention_mask=torch.ones_like(self.ids),
+                                  max_new_tokens=n, min_new_tokens=n, do_sample=False, stopping_criteria=[Clock()])  # fmt: skip
+        return times[1] - times[0], (times[-1] - times[1]) / max(1, n - 1), out[0, self.ids.size(1) :].tolist()
+
+
+# -- limits ------------------------------------------------------------------------------------------------------------
+
+
+def bandwidth(device: torch.device) -> float:
+    """The most bytes a second that a copy, or a matrix-vector product, of a large tensor moved."""
+    big = torch.ones(2**29 if device.type == "cuda" else 2**27, device=device)  # 2 or 0.5 GB
+    matrix, other, vector = big.view(-1, 4096), torch.empty_like(big), torch.zeros(4096, device=device)
+    best = 0.0
+    for work, moved in ((lambda: other.copy_(big), 2 * big.nbytes), (lambda: matrix @ vector, big.nbytes)):
+        for _ in range(6):
+            began = time.perf_counter()
+            work().flatten()[-1].item()
+            best = max(best, moved / (time.perf_counter() - began))
+    return best
+
+
+def prefill_flops(config: ViPLLaVAConfig, words: int) -> float:
+    """Of the tower as far as it is looked at, the projector, the decoder, and the head on the last token."""
+    vision, text, N = config.vision, config.text, config.vision.patches
+    blocks = max(i % (vision.layers + 1) for i in config.feature_layers)
+    C, T, wide = vision.width, N + words, len(config.feature_layers) * vision.width
+    tower = blocks * (2 * (N + 1) * (4 * C * C + 2 * C * vision.mlp) + 4 * (N + 1) ** 2 * C) + 6 * N * vision.patch_size**2 * C
+    projector = 2 * N * (wide * text.width + text.width**2)
+    heads = 2 * text.width**2 + 2 * text.width * text.kv_heads * text.head_width
+    decoder = text.layers * (2 * T * (heads + 3 * text.width * text.mlp) + 2 * T * T * text.width)  # attention is causal
+    return tower + projector + decoder + 2 * text.width * text.vocab_size
+
+
+# -- the race ----------------------------------------------------------------------------------------------------------
+
+KINDS = {"ours": Ours, "transformers": Transformers}
+
+
+def race(args: argparse.Namespace, folder: str, sides: list[tuple[str, str]]) -> dict[str, dict]:
+    """(name, precision) -> what was measured, by "name precision"; all sides in turns."""
+    open_sides = [Side(f"{name} {precision}", KINDS[name], args, folder, precision) for name, precision in sides]
+    found = {}
+    for side in open_sides:
+        began = time.perf_counter()
+        side("answer")
+        found[side.name] = {"warm-up": time.perf_counter() - began, "answers": [], "loads": [], "turns": []}
+    for _ in range(args.repeat):
+        for side in open_sides:
+            found[side.name]["answers"].append(side("answer"))
+    for side in open_sides:
+        if side.name.startswith("ours"):
+            found[side.name]["read"] = side("read")
+            side("turn")
+            found[side.name]["turns"] = [side("turn") for _ in range(args.repeat)]
+    for _ in range(1 + args.repeat if args.load else 0):
+        for side in open_sides:
+            found[side.name]["loads"].append(side("load"))
+    for side in open_sides:
+        side.stop()
+        found[side.name]["peak"] = side.peak
+    return found
+
+
+def median(values) -> float:
+    return statistics.median(values) if values else float("nan")
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="python -m bench.speed", description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--words", type=int, default=64, help="after the image (64)")
+    parser.add_argument("--tokens", type=int, default=32, help="of an answer (32)")
+    parser.add_argument("--repeat", type=int, default=5, help="times that each is measured (5)")
+    parser.add_argument("--precision", nargs="*", choices=("bfloat16", "int8", "int4", "float32"),
+                        default=["bfloat16", "int8", "int4", "float32"], help="of ours; theirs have the first and last")  # fmt: skip
+    parser.add_argument("--against", nargs="*", choices=("transformers",), default=["transformers"], help="if installed")
+    parser.add_argument("--compile", action="store_true", help="our steps by torch.compile")
+    parser.add_argument("--no-load", dest="load", action="store_false", help="don't time loading")
+    parser.add_argument("--device")
+    args = parser.parse_args(argv)
+    for name, low in (("words", 2), ("tokens", 2), ("repeat", 1)):
+        if getattr(args, name) < low:
+            raise ValueError(f"{name} is {getattr(args, name)}; expected {low} or more")
+    args.device = check_device(args.device)
+    peers = [name for name in args.against if importlib.util.find_spec(name)]
+    config, results = config_of(args), {}
+    with tempfile.TemporaryDirectory() as folder:
+        alone(write_weights, args, f"{folder}/model")
+        for group in (["bfloat16", "int8", "int4"], ["float32"]):
+            if ours := [("ours", precision) for precision in args.precision if precision in group]:
+                results |= race(args, f"{folder}/model", ours + [(peer, group[0]) for peer in peers])
+    speed = bandwidth(args.device)
+    peak = {kind: matmul_tflops(args.device, getattr(torch, kind)) for kind in ("bfloat16", "float32")}
+    report(args, config, results, peers, speed, peak)
+
+
+def report(args, config, results, peers, speed: float, peak: dict[str, float]) -> None:
+    cuda = args.device.type == "cuda"
+    machine = torch.cuda.get_device_name() if cuda else (
+        f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")  # fmt: skip
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ["torch", *peers])
+    flops, length = prefill_flops(config, args.words), config.vision.patches + args.words
+    print(f"{args.size}, {length} tokens of prompt, {args.tokens} of answer; {machine}; {versions}; limits: "
+          f"{speed / 1e9:.1f} GB/s, {peak['bfloat16']:.3g} TFLOP/s in bfloat16, {peak['float32']:.3g} in float32")  # fmt: skip
+    print(f"{'':22}{'ours':>12}" + "".join(f"{name:>14}{'ratio':>8}" for name in peers) + f"{'of limit':>10}")
+
+    def line(what: str, mine: float, others: list[float], share: float | None = None) -> None:
+        said = "".join(f"{1e3 * other:11.2f} ms{other / mine:8.2f}" for other in others)
+        print(f"{what:22}{1e3 * mine:9.2f} ms{said}" + (f"{share:10.0%}" if share is not None else ""))
+
+    for name, found in results.items():
+        who, precision = name.split()
+        if who != "ours":
+            continue
+        wide = "float32" if precision == "float32" else "bfloat16"
+        rivals = [results[f"{peer} {wide}"] for peer in peers]
+        first, later = (median([answer[k] for answer in found["answers"]]) for k in (0, 1))
+        theirs = [[median([answer[k] for answer in rival["answers"]]) for rival in rivals] for k in (0, 1)]
+        line(f"decode {precision}", later, theirs[1], found["read"] / later / speed)
+        line(f"prefill {precision}", first, theirs[0], flops / first / 1e12 / peak[wide])
+        if found["loads"]:
+            line(f"load {precision}", median(found["loads"][1:]), [median(rival["loads"][1:]) for rival in rivals])
+        with_memory, anew = (median([turn[k] for turn in found["turns"]]) for k in (0, 1))
+        print(f"{f'second turn {precision}':22}{1e3 * with_memory:9.2f} ms; starting over {1e3 * anew:.2f} ms, {anew / with_memory:.1f} times")
+        tokens = found["answers"][0][2]
+        for peer, rival in zip(peers, rivals):
+            other = rival["answers"][0][2]
+            same = next((i for i, (a, b) in enumerate(zip(tokens, other)) if a != b), len(tokens))
+            print(f"{'':22}the first {same} of {len(tokens)} tokens are those of {peer}")
+            if precision == "float32" and same < len(tokens):
+                raise ValueError(f"ours said {tokens}, {peer} {other}; expected the same in 32 bits")
+        print(f"{'':22}peak memory {found['peak'] / 1e9:.2f} GB; "
+              + "; ".join(f"{peer} {rival['peak'] / 1e9:.2f} GB" for peer, rival in zip(peers, rivals))
+              + f"; first call {found['warm-up']:.1f} s")  # fmt: skip
+    print(json.dumps({"limits": {"bytes/s": speed, "TFLOP/s": peak}, "results": results}))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
