@@ -51,18 +51,19 @@ class Memory:
             self.patches, self.pixels, self.ids = model.encode_images(pixels.to(weight.device, weight.dtype)), pixels, []
         return self.patches
 
-    def recall(self, config: ViPLLaVAConfig, row: list[int], slots: int, dtype: torch.dtype, device: torch.device) -> int:
+    def recall(self, config: ViPLLaVAConfig, row: list[int], slots: int, like: torch.Tensor) -> int:
         """How many of the row's tokens are in the cache, which has `slots` or more, ready for the token after them."""
         known = common([self.ids, row[:-1]])  # the last one's logits are wanted in any case
         if self.cache is None or self.cache.slots.numel() < slots:
             slots = min(-(-slots // ROOM) * ROOM, config.text.context)
-            start = torch.full((1,), known, device=device)
-            self.cache = self.cache.continued(known, start, slots) if known else KVCache(config.text, start, slots, dtype)
+            start = torch.full((1,), known, device=like.device)
+            new = self.cache.continued(known, start, slots) if known else KVCache(config.text, start, slots, like.dtype)
+            self.cache = new
         self.cache.length.fill_(known)
         return known
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: ViPLLaVA,
     prompts: Sequence[Sequence[int]],
@@ -84,31 +85,19 @@ def generate(
     that a lone prompt goes on with. Raises ValueError, before anything is computed, when prompts and images don't match
     or don't fit the context.
     """
-    config, weight, memory = model.config, model.llama.embed_tokens.weight, memory or Memory()
+    config, memory = model.config, memory or Memory()
     rows = [expand(p, config.vision.patches) for p in prompts]
     if max_new_tokens is None:
         max_new_tokens = room(config, max(map(len, rows), default=0))
     shared = _check_request(config, prompts, rows, pixels, max_new_tokens)
     patches = memory.look(model, pixels)
-    ids, start = (x.to(weight.device) for x in pad(rows, 0, side="left"))
-    embeds = model.splice(ids, patches.expand(len(rows), -1, -1) if shared else patches)
-    slots = embeds.size(1) + max_new_tokens
-    if len(rows) == 1:
-        known = memory.recall(config, rows[0], slots, weight.dtype, weight.device)
-        cache = memory.cache
-    elif known := common([row[:-1] for row in rows]) if shared else 0:
-        beginning = KVCache(config.text, start[:1] * 0, known, weight.dtype)
-        model.llama(embeds[:1, start[0] : start[0] + known], beginning)
-        cache = beginning.continued(known, start + known, slots)
-    else:
-        cache = KVCache(config.text, start, slots, weight.dtype)
-
+    embeds, cache = _begin(model, rows, patches, shared, max_new_tokens, memory)
     choose = lambda logits: sample(logits[:, : config.image_token_id], temperature, top_k, top_p, generator)  # noqa: E731
     said, alive = [], [True] * len(rows)
     try:
-        logits = model.llama.prefill(embeds[:, known:], cache)
+        logits = model.llama.prefill(embeds, cache)
         tokens = steps(model.llama.decode, logits, cache, choose, max_new_tokens)
-        for arrived in delayed(tokens, AHEAD if weight.is_cuda else 0):
+        for arrived in delayed(tokens, AHEAD if logits.is_cuda else 0):
             said.append(arrived())
             alive = [a and token not in stop_ids for a, token in zip(alive, said[-1])]
             if not any(alive):
@@ -117,6 +106,23 @@ def generate(
     finally:
         if len(rows) == 1:
             memory.ids = (rows[0] + [token for (token,) in said])[: int(cache.length)]
+
+
+def _begin(model, rows, patches, shared: bool, more: int, memory: Memory) -> tuple[torch.Tensor, KVCache]:
+    """What of the prompts is still to be computed, embeds (B, T, C), and a cache with what is not; room for `more`."""
+    text, weight = model.config.text, model.llama.embed_tokens.weight
+    ids, start = (x.to(weight.device) for x in pad(rows, 0, side="left"))
+    embeds = model.splice(ids, patches.expand(len(rows), -1, -1) if shared else patches)
+    slots = embeds.size(1) + more
+    if len(rows) == 1:
+        known = memory.recall(model.config, rows[0], slots, weight)
+        return embeds[:, known:], memory.cache
+    known = common([row[:-1] for row in rows]) if shared else 0
+    if not known:
+        return embeds, KVCache(text, start, slots, weight.dtype)
+    beginning = KVCache(text, start[:1] * 0, known, weight.dtype)
+    model.llama(embeds[:1, start[0] : start[0] + known], beginning)
+    return embeds[:, known:], beginning.continued(known, start + known, slots)
 
 
 def steps(decode: Callable, logits: torch.Tensor, cache: KVCache, choose: Callable, n: int) -> Iterator[Callable[[], list[int]]]:

@@ -67,6 +67,9 @@ class KVCache:
         self.k = torch.zeros(shape, device=start.device, dtype=dtype)
         self.v = torch.zeros(shape, device=start.device, dtype=dtype)
         self.length = torch.zeros((), device=start.device, dtype=torch.long)
+        if start.is_cuda:  # else a compiled step that writes into them is no CUDA graph
+            for x in (self.k, self.v, self.length):
+                torch._dynamo.mark_static_address(x)
         self.slots = torch.arange(slots, device=start.device)  # (S,)
         self.real = (self.slots < shared) | (self.slots >= start[:, None])  # (B, S)
 

@@ -1,7 +1,7 @@
 """How fast an answer comes: ours and transformers', in one run on the same weights.
 
     python -m bench.speed --size 1b                                    on a CPU: 16 bits, 8, 4, and 32
-    python -m bench.speed --size 7b --compile                          on a GPU
+    python -m bench.speed --size 7b --compile --gpt-fast ../gpt-fast   on a GPU; beside a clone of gpt-fast, too
     python -m bench.speed --size tiny --tokens 8 --repeat 1            does it run?
 
 | measure     | what is timed                                                                             |
@@ -15,7 +15,8 @@ Each side is a process; they take turns, and what counts are medians after a war
 compiled (its time is told). Limits are measured in the same run: for decode the bytes that a token has to read, over
 the most that a copy or a matrix-vector product moves here; for prefill its operations, over what a large matrix product
 reaches in the same precision. In 32 bits both sides must say the same tokens; in 16, where near ties may fall
-otherwise, it is told how many are the same. Weights are random, of the true shapes.
+otherwise, it is told how many are the same. Weights are random, of the true shapes. gpt-fast has no eyes: it is given
+as many words as there are patches, and random weights of its own; only its decode is compared.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -161,6 +163,40 @@ class Transformers:
         return times[1] - times[0], (times[-1] - times[1]) / max(1, n - 1), out[0, self.ids.size(1) :].tolist()
 
 
+class GPTFast:
+    """The Transformer of a clone's model.py, its decoding step compiled as its generate.py does."""
+
+    def __init__(self, args: argparse.Namespace, folder: str, precision: str):
+        spec = importlib.util.spec_from_file_location("gpt_fast", args.gpt_fast / "model.py")
+        theirs = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = theirs
+        spec.loader.exec_module(theirs)
+        text, config = config_of(args).text, config_of(args)
+        self.args, self.length = args, config.vision.patches + args.words
+        sizes = theirs.ModelArgs(block_size=self.length + args.tokens, vocab_size=text.vocab_size, n_layer=text.layers,
+                                 n_head=text.heads, n_local_heads=text.kv_heads, dim=text.width,
+                                 intermediate_size=text.mlp, norm_eps=text.eps)  # fmt: skip
+        torch.set_default_dtype(getattr(torch, precision))
+        with torch.device(args.device), torch.no_grad():
+            self.model = theirs.Transformer(sizes).eval()
+            self.model.setup_caches(1, self.length + args.tokens)
+        self.step = lambda ids, place: self.model(ids, place)[:, -1].argmax(-1, keepdim=True).int()
+        self.decode = torch.compile(self.step, mode="reduce-overhead", fullgraph=True) if args.compile else self.step
+
+    @torch.no_grad()
+    def answer(self) -> tuple[None, float, list[int]]:
+        device, n = self.args.device, self.args.tokens
+        token = self.step(torch.ones(1, self.length, dtype=torch.int, device=device), torch.arange(self.length, device=device))
+        token.item()
+        began, said = time.perf_counter(), [token]
+        place = torch.tensor([self.length], device=device)
+        for _ in range(n - 1):
+            said.append(self.decode(said[-1], place).clone())
+            place += 1
+        said = torch.cat(said).flatten().tolist()
+        return None, (time.perf_counter() - began) / (n - 1), said
+
+
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +227,7 @@ def prefill_flops(config: ViPLLaVAConfig, words: int) -> float:
 
 # -- the race ----------------------------------------------------------------------------------------------------------
 
-KINDS = {"ours": Ours, "transformers": Transformers}
+KINDS = {"ours": Ours, "transformers": Transformers, "gpt-fast": GPTFast}
 
 
 def race(args: argparse.Namespace, folder: str, sides: list[tuple[str, str]]) -> dict[str, dict]:
@@ -212,15 +248,16 @@ def race(args: argparse.Namespace, folder: str, sides: list[tuple[str, str]]) ->
             found[side.name]["turns"] = [side("turn") for _ in range(args.repeat)]
     for _ in range(1 + args.repeat if args.load else 0):
         for side in open_sides:
-            found[side.name]["loads"].append(side("load"))
+            if not side.name.startswith("gpt-fast"):
+                found[side.name]["loads"].append(side("load"))
     for side in open_sides:
         side.stop()
         found[side.name]["peak"] = side.peak
     return found
 
 
-def median(values) -> float:
-    return statistics.median(values) if values else float("nan")
+def median(values) -> float | None:
+    return statistics.median(values) if values and None not in values else None
 
 
 def main(argv: list[str]) -> None:
@@ -231,7 +268,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeat", type=int, default=5, help="times that each is measured (5)")
     parser.add_argument("--precision", nargs="*", choices=("bfloat16", "int8", "int4", "float32"),
                         default=["bfloat16", "int8", "int4", "float32"], help="of ours; theirs have the first and last")  # fmt: skip
-    parser.add_argument("--against", nargs="*", choices=("transformers",), default=["transformers"], help="if installed")
+    parser.add_argument("--gpt-fast", type=Path, help="a clone of it, to compare decode with, too")
     parser.add_argument("--compile", action="store_true", help="our steps by torch.compile")
     parser.add_argument("--no-load", dest="load", action="store_false", help="don't time loading")
     parser.add_argument("--device")
@@ -240,7 +277,9 @@ def main(argv: list[str]) -> None:
         if getattr(args, name) < low:
             raise ValueError(f"{name} is {getattr(args, name)}; expected {low} or more")
     args.device = check_device(args.device)
-    peers = [name for name in args.against if importlib.util.find_spec(name)]
+    if args.gpt_fast and not (args.gpt_fast / "model.py").is_file():
+        raise FileNotFoundError(f"no {args.gpt_fast / 'model.py'}; expected a clone of gpt-fast")
+    peers = ["transformers"] * bool(importlib.util.find_spec("transformers")) + ["gpt-fast"] * bool(args.gpt_fast)
     config, results = config_of(args), {}
     with tempfile.TemporaryDirectory() as folder:
         alone(write_weights, args, f"{folder}/model")
@@ -256,14 +295,14 @@ def report(args, config, results, peers, speed: float, peak: dict[str, float]) -
     cuda = args.device.type == "cuda"
     machine = torch.cuda.get_device_name() if cuda else (
         f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")  # fmt: skip
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ["torch", *peers])
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ["torch", *peers] if name != "gpt-fast")
     flops, length = prefill_flops(config, args.words), config.vision.patches + args.words
     print(f"{args.size}, {length} tokens of prompt, {args.tokens} of answer; {machine}; {versions}; limits: "
           f"{speed / 1e9:.1f} GB/s, {peak['bfloat16']:.3g} TFLOP/s in bfloat16, {peak['float32']:.3g} in float32")  # fmt: skip
     print(f"{'':22}{'ours':>12}" + "".join(f"{name:>14}{'ratio':>8}" for name in peers) + f"{'of limit':>10}")
 
-    def line(what: str, mine: float, others: list[float], share: float | None = None) -> None:
-        said = "".join(f"{1e3 * other:11.2f} ms{other / mine:8.2f}" for other in others)
+    def line(what: str, mine: float, others: list[float | None], share: float | None = None) -> None:
+        said = "".join(f"{1e3 * other:11.2f} ms{other / mine:8.2f}" if other else 22 * " " for other in others)
         print(f"{what:22}{1e3 * mine:9.2f} ms{said}" + (f"{share:10.0%}" if share is not None else ""))
 
     for name, found in results.items():
@@ -281,15 +320,15 @@ def report(args, config, results, peers, speed: float, peak: dict[str, float]) -
         with_memory, anew = (median([turn[k] for turn in found["turns"]]) for k in (0, 1))
         print(f"{f'second turn {precision}':22}{1e3 * with_memory:9.2f} ms; starting over {1e3 * anew:.2f} ms, {anew / with_memory:.1f} times")
         tokens = found["answers"][0][2]
-        for peer, rival in zip(peers, rivals):
-            other = rival["answers"][0][2]
+        if "transformers" in peers:
+            peer, other = "transformers", rivals[0]["answers"][0][2]
             same = next((i for i, (a, b) in enumerate(zip(tokens, other)) if a != b), len(tokens))
             print(f"{'':22}the first {same} of {len(tokens)} tokens are those of {peer}")
             if precision == "float32" and same < len(tokens):
                 raise ValueError(f"ours said {tokens}, {peer} {other}; expected the same in 32 bits")
         print(f"{'':22}peak memory {found['peak'] / 1e9:.2f} GB; "
-              + "; ".join(f"{peer} {rival['peak'] / 1e9:.2f} GB" for peer, rival in zip(peers, rivals))
-              + f"; first call {found['warm-up']:.1f} s")  # fmt: skip
+              + "".join(f"{peer} {rival['peak'] / 1e9:.2f} GB; " for peer, rival in zip(peers, rivals))
+              + f"first call {found['warm-up']:.1f} s")  # fmt: skip
     print(json.dumps({"limits": {"bytes/s": speed, "TFLOP/s": peak}, "results": results}))
 
 

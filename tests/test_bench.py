@@ -32,7 +32,7 @@ def test_speed(capsys):
     assert len(found["answers"][0][2]) == 3 and len(found["turns"]) == 1 and found["peak"] > 0
 
 
-def test_flops_and_bytes():
+def test_flops():
     """Guards against a limit that is not one: the 7B model's numbers, counted by hand."""
     config = speed.SIZES["7b"]
     assert speed.prefill_flops(config, 64) == pytest.approx(8.81e12, rel=0.01)
