@@ -78,11 +78,11 @@ def test_names_what_is_marked_and_only_then(tiny):
 
 
 def test_the_python_of_the_readme():
-    """Guards against an example that does not run, or does not answer as README says."""
+    """Guards against examples that do not run, each after those before it, or do not answer as README says."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    code, answer = re.search(r"```python\n(.*?)```\n```\n(.*?)```", readme, re.DOTALL).groups()
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == answer == "a yellow heart\n"
+    codes, answers = zip(*re.findall(r"```python\n(.*?)```\n```\n(.*?)```", readme, re.DOTALL))
+    done = subprocess.run([sys.executable, "-c", "".join(codes)], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "".join(answers) == "a yellow heart\n['a yellow heart', 'center']\n"
 
 
 def test_quick_start():
