@@ -92,10 +92,11 @@ def generate(
     shared = _check_request(config, prompts, rows, pixels, max_new_tokens)
     patches = memory.look(model, pixels)
     embeds, cache = _begin(model, rows, patches, shared, max_new_tokens, memory)
+    fresh = {embeds.size(1)} == set(map(len, rows))  # nothing is known, and no row is padded
     choose = lambda logits: sample(logits[:, : config.image_token_id], temperature, top_k, top_p, generator)  # noqa: E731
     said, alive = [], [True] * len(rows)
     try:
-        logits = model.llama.prefill(embeds, cache)
+        logits = model.llama.prefill(embeds, cache, fresh)
         tokens = steps(model.llama.decode, logits, cache, choose, max_new_tokens)
         for arrived in delayed(tokens, AHEAD if logits.is_cuda else 0):
             said.append(arrived())

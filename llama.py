@@ -141,7 +141,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_width).transpose(1, 2)  # (B, K, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.update(self.layer, slots, k, v)  # (B, K, S, D)
+            kept = cache.update(self.layer, slots, k, v)
+            k, v = (k, v) if mask is None else kept  # (B, K, S, D)
         grouped = k.size(1) != q.size(1)  # each key head serves H / K query heads
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -191,19 +192,20 @@ class Llama(nn.Module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
 
-    def forward(self, embeds: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, embeds: torch.Tensor, cache: KVCache | None = None, fresh: bool = False) -> torch.Tensor:
         """embeds (B, T, C) -> hidden (B, T, C), normalised and ready for lm_head.
 
         Without a cache the T tokens are the whole text (training; padding, if any, on the right, where causal attention
-        never looks back from). With a cache they follow the tokens in it.
+        never looks back from). With a cache they follow the tokens in it; `fresh`: there are none, nor is any row padded,
+        so that attention is plainly causal.
         """
         B, T, C = embeds.size()
-        if cache is None:
-            slots = torch.arange(T, device=embeds.device)  # (T,)
+        slots = torch.arange(T, device=embeds.device)  # (T,)
+        if cache is None or fresh and not self._windowed(T):
             positions = slots[None]  # (1, T)
             mask = self._mask(positions, positions) if self._windowed(T) else None
         else:
-            slots = cache.length + torch.arange(T, device=embeds.device)  # (T,)
+            slots = cache.length + slots
             positions, mask = cache.positions(slots), self._cached_mask(slots, cache)  # (B, T), (B, 1, T, S)
         cos, sin = rope_table(positions, self.config, embeds.dtype)
         x = embeds
@@ -228,9 +230,9 @@ class Llama(nn.Module):
         # A padding token sees itself: a softmax over nothing is NaN, and NaN times zero would reach the others.
         return seen | (slots[:, None] == cache.slots)
 
-    def prefill(self, embeds: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """The prompt, embeds (B, T, C), into the cache -> logits of the token that follows it, (B, V)."""
-        return self.lm_head(self(embeds, cache)[:, -1])
+    def prefill(self, embeds: torch.Tensor, cache: KVCache, fresh: bool = False) -> torch.Tensor:
+        """The prompt, embeds (B, T, C), into the cache -> logits of the token that follows it, (B, V). fresh: see forward."""
+        return self.lm_head(self(embeds, cache, fresh)[:, -1])
 
     def decode(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """One token a row, ids (B,), into the cache -> logits of the next, (B, V)."""

@@ -284,7 +284,8 @@ def test_several_questions_about_one_image_share_it(seed, window, work):
     together = answers(model, prompts, pixels, max_new_tokens=8)
     assert work.since() == (1, 11 + 3 * 4 + 3 * 7)  # what is common; the longest rest and all answers, of each
     assert together == [answers(model, [prompt], pixels, max_new_tokens=8)[0] for prompt in prompts]
-    for prompts in ([[1, IMAGE, 5], [2, IMAGE, 5]], [[1, 2, IMAGE], [1, IMAGE, 3]], [[1, IMAGE], [1, IMAGE, 4]]):
+    long = [1, IMAGE, 5, 7, *range(8, 19)]  # what it has beyond the common beginning is as long as the other prompt
+    for prompts in ([[1, IMAGE, 5, 6], long], [[1, IMAGE, 5], [2, IMAGE, 5]], [[1, 2, IMAGE], [1, IMAGE, 3]], [[1, IMAGE], [1, IMAGE, 4]]):
         together = answers(model, prompts, pixels, max_new_tokens=8)
         assert together == [answers(model, [prompt], pixels, max_new_tokens=8)[0] for prompt in prompts]
 

@@ -121,6 +121,19 @@ def test_prefill_in_two_parts_equals_one(name, first, golden):
     torch.testing.assert_close(logits, full_logits(model, ids)[:, -1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", LLAMA)
+def test_a_fresh_cache_equals_any_other(name, golden):
+    """Guards against: keys that are seen but not kept, or the empty slots after them; a window forgotten."""
+    model, ids = llama_of(name), golden[f"{name}/ids"]
+    found = []
+    for fresh in (False, True):
+        cache = new_cache(model)
+        logits = [model.prefill(model.embed_tokens(ids[:, :7]), cache, fresh)]
+        logits += [model.decode(ids[:, t], cache) for t in range(7, ids.size(1))]
+        found.append(torch.stack(logits))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_spare_slots_change_nothing(golden):
     """Guards against: the zeros in slots not yet written taking part in the softmax, as exp(0) is 1."""
     model, ids = llama_of("grouped"), golden["grouped/ids"]
