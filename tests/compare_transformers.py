@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
 import checkpoint
+import layouts
 from chat import IMAGE, Turn, encode_chat
 from clip import VisionConfig
 from generate import generate
@@ -80,7 +81,7 @@ def compare(what, ours: ViPLLaVA, theirs, tok):
 
 def ours_to_theirs(tmp):
     tok = tokenizer()
-    for what, layers, window in (("5 layers", checkpoint.FIVE, None), ("1 layer, window", (-2,), 9)):
+    for what, layers, window in (("5 layers", layouts.FIVE, None), ("1 layer, window", (-2,), 9)):
         text = LlamaConfig(tok.vocab_size, window=window, **TEXT)
         model = randomize(ViPLLaVA(ViPLLaVAConfig(VISION, text, layers, 1e-4, tok.vocab_size)))
         checkpoint.save(model, tok, tmp / "ours", shard_bytes=40_000)

@@ -1,4 +1,4 @@
-"""checkpoint.py: every layout in, Hugging Face's out, strictly. All files are small and made here.
+"""checkpoint.py and layouts.py: every layout in, Hugging Face's out, strictly. All files are small and made here.
 
     python -m pytest tests/test_checkpoint.py      # the comparison with transformers is tests/compare_transformers.py
 """
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import layouts
 from chat import IMAGE
 from clip import CLIP, TextConfig, VisionConfig
 from generate import generate
@@ -108,14 +109,14 @@ SPELLINGS = {"hub": str, "transformers 5": new_style, "in memory": in_memory, "i
 def test_names(model):
     """Guards against: a part renamed to another's place, CLIP's misspelling lost, a name with no way back."""
     for ours, hub in HUB.items():
-        assert checkpoint.hub_name(ours) == hub
+        assert layouts.hub_name(ours) == hub
         for spell in SPELLINGS.values():
-            assert checkpoint.rename(spell(hub)) == ours, spell(hub)
+            assert layouts.rename(spell(hub)) == ours, spell(hub)
     assert in_memory(HUB["llama.norm.weight"]) == "model.language_model.norm.weight"
     assert official(HUB["projector.linear_2.weight"]) == "model.mm_projector.final_linear.2.weight"
     assert official(HUB["llama.norm.weight"]) == "model.norm.weight"
     for ours in model.state_dict():
-        assert checkpoint.rename(checkpoint.hub_name(ours)) == checkpoint.rename(ours) == ours
+        assert layouts.rename(layouts.hub_name(ours)) == layouts.rename(ours) == ours
 
 
 # -- layouts, written by hand ----------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def write(folder: Path, config: dict, tensors: dict, kind: str = "safetensors", 
 
 def tensors_of(model, spell, begin=("",)) -> dict:
     state = {n: x.detach().clone() for n, x in model.state_dict().items() if n.startswith(begin)}
-    return {spell(checkpoint.hub_name(n)): x for n, x in state.items()}
+    return {spell(layouts.hub_name(n)): x for n, x in state.items()}
 
 
 HF = {"model_type": "vipllava", "image_token_index": VOCAB, "text_config": TEXT_JSON, "vision_config": VISION_JSON}
@@ -349,14 +350,14 @@ def test_the_released_7b_config(tmp_path, model):
     loaded, _ = checkpoint.load(write(tmp_path, config, tensors_of(model, str)), "cpu")
     assert loaded.config.feature_layers == (-2, -5, -8, -11, 6)
     config = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "model_type": "llama"}
-    assert checkpoint.text_config(config, rows=32064) == LlamaConfig(32064)
-    assert checkpoint.text_config({}, rows=7) == LlamaConfig(7, context=2048, eps=1e-6)
+    assert layouts.text_config(config, rows=32064) == LlamaConfig(32064)
+    assert layouts.text_config({}, rows=7) == LlamaConfig(7, context=2048, eps=1e-6)
     five = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "num_key_value_heads": 8}
-    five = checkpoint.text_config(five, rows=7)
+    five = layouts.text_config(five, rows=7)
     assert five.rope_theta == 5e5 and five.kv_heads == 8
-    assert checkpoint.vision_config(None) == VisionConfig()
-    assert checkpoint.vision_config({}) == VisionConfig(224, 32, 768, 12, 12, 3072)
-    assert checkpoint.text_config({"sliding_window": 9}, 7).window is None  # LLaMA has none, whatever it says
+    assert layouts.vision_config(None) == VisionConfig()
+    assert layouts.vision_config({}) == VisionConfig(224, 32, 768, 12, 12, 3072)
+    assert layouts.text_config({"sliding_window": 9}, 7).window is None  # LLaMA has none, whatever it says
 
 
 @pytest.mark.parametrize("key", ["vision_feature_layer", "vision_feature_layers"])
@@ -412,7 +413,7 @@ def test_templates():
     """Guards against: a Llama-3 prompted as a Vicuna. The config decides, else the tokens that a template needs."""
 
     def join(config, tokenizer):
-        return checkpoint.join_configs(config, TEXT, VISION, 120, tokenizer).template
+        return layouts.join_configs(config, TEXT, VISION, 120, tokenizer).template
 
     assert join({}, TOKENIZER) == "llava_v1"
     assert join({"template": "plain"}, TOKENIZER) == "plain"
@@ -568,7 +569,7 @@ def test_peak_memory(tmp_path, model, kind, source, target):
     with torch.device("meta"):
         big = ViPLLaVA(replace(model.config, text=text))
     dtype = getattr(torch, source)
-    tensors = {checkpoint.hub_name(n): torch.full(p.shape, 0.01, dtype=dtype) for n, p in big.named_parameters()}
+    tensors = {layouts.hub_name(n): torch.full(p.shape, 0.01, dtype=dtype) for n, p in big.named_parameters()}
     write(tmp_path / "big", config, tensors, kind)
     write(tmp_path / "small", HF, tensors_of(model, str), kind)
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "big"), str(tmp_path / "small"), target]
