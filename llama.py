@@ -74,9 +74,9 @@ class KVCache:
         self.real = (self.slots < shared) | (self.slots >= start[:, None])  # (B, S)
 
     def positions(self, slots: torch.Tensor) -> torch.Tensor:
-        """Slots (T,) -> each token's place in its row's text, (B, T); padding has that of the token after it."""
+        """Slots (T,) -> each token's place in its row's text, (B, T); padding has none, and any will do."""
         padding = (self.start - self.shared)[:, None]  # (B, 1)
-        return torch.where(slots < self.shared, slots, (slots - padding).clamp(min=self.shared))
+        return torch.where(slots < self.shared, slots, (slots - padding).clamp(min=0))
 
     def update(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         """Write k, v (B, K, T, D) into `slots` (T,); return all of the layer's, (B, K, S, D) each."""

@@ -50,7 +50,7 @@ class HalfLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         count = x.numel() // x.size(-1)
-        if count == 1 and not WIDE and self.bias is None:
+        if count == 1 and not WIDE and self.bias is None and x.dtype == torch.bfloat16:
             return torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)
         kind = product_type(x) if count >= FEW else x.dtype
         bias = None if self.bias is None else self.bias.to(kind)
