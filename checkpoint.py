@@ -24,7 +24,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 import lora
 import quant
@@ -46,6 +47,7 @@ from tokenizer import CLIPTokenizer, Tokenizer, read_json, write_json
 from vipllava import Projector, ViPLLaVA, ViPLLaVAConfig
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14-336"
+SMALL = 2**23  # bytes that are not worth to open a file anew for
 
 
 # -- files: mapped, checked, then read tensor by tensor --------------------------------------------------------------
@@ -59,10 +61,10 @@ class Part:
     drop: tuple[str, ...] = ()
     scheme: str = ""
 
-    def open(self, file: Path) -> dict[str, torch.Tensor]:
-        """Our names -> the tensors in `file`, mapped, not yet read."""
+    def open(self, file: Path, some: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        """Our names -> the tensors in `file`, or those that it calls `some`, mapped, not yet read."""
         tensors = {}
-        for theirs, mapped in open_file(file).items():
+        for theirs, mapped in open_file(file, some).items():
             for name, x in split_fused(rename(theirs), mapped):
                 if theirs.endswith(BUFFERS) or name.startswith(self.drop):
                     continue
@@ -77,48 +79,63 @@ class Part:
         return bool(self.scheme and quant.TARGET.fullmatch(name))
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = {}
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of the files', on the meta device."""
+        found = {}
         for file in self.files:
             tensors = self.open(file)
-            if twice := shapes.keys() & tensors.keys():
+            if twice := found.keys() & tensors.keys():
                 raise ValueError(f"{file} holds {min(twice)}, which another file holds too")
-            shapes |= {name: tuple(x.shape) for name, x in tensors.items()}
-        return shapes
+            found |= {name: torch.empty_like(x, device="meta") for name, x in tensors.items()}
+        return found
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(x.shape) for name, x in self.tensors.items()}
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the first tensor that is not quantised, and in a checkpoint of one piece of all."""
-        return next(x.dtype for file in self.files for name, x in self.open(file).items() if not self.quantized(name))
+        return next(x.dtype for name, x in self.tensors.items() if not self.quantized(name))
 
     def read(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor as `dtype` (what is quantised: as it is) on `device`.
 
         Pages of a mapped file are memory in use once they are read. Where tensors are converted, the file is opened
-        anew some 32 times, each of which lets them go (but for a page or so of each tensor).
+        anew for every 32nd part of it, which lets go of those before (but for a page or so of each tensor).
         """
+        wanted = {name: x.dtype if self.quantized(name) else dtype for name, x in self.tensors.items()}
+        as_is = device.type == "cpu" and all(x.dtype == wanted[name] for name, x in self.tensors.items())
         for file in self.files:
-            tensors, seen = self.open(file), 0
-            wanted = {name: x.dtype if self.quantized(name) else dtype for name, x in tensors.items()}
-            as_is = device.type == "cpu" and all(x.dtype == wanted[name] for name, x in tensors.items())
-            total = sum(x.nbytes for x in tensors.values())
-            for name in list(tensors):
-                if seen > total / 32 and not as_is:
-                    x = tensors = None  # the old mapping goes before the new one comes
-                    tensors, seen = self.open(file), 0
-                x = tensors[name]
-                seen += x.nbytes
-                yield name, (x if as_is else x.to(device, wanted[name], copy=True)).contiguous()
+            sizes = {theirs: x.nbytes for theirs, x in open_file(file).items()}
+            for some in [sizes] if as_is else groups(sizes, max(sum(sizes.values()) // 32, SMALL)):
+                tensors = self.open(file, some)
+                for name in list(tensors):
+                    x = tensors[name]
+                    yield name, (x if as_is else x.to(device, wanted[name], copy=True)).contiguous()
+                x = tensors = None  # the old mapping goes before the new one comes
 
 
-def open_file(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors or .bin file by its own names for them, mapped, not yet read."""
+def groups(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
+    """The names, one after the other, in groups that end once they have reached the limit."""
+    group, size = [], 0
+    for name, more in sizes.items():
+        group.append(name)
+        size += more
+        if size >= limit:
+            yield group
+            group, size = [], 0
+    yield group
+
+
+def open_file(path: Path, some: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors or .bin file by its own names for them, or some of them, mapped, not yet read."""
     if not path.is_file():
         raise FileNotFoundError(f"the weights {path} are missing")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}
+                return {name: file.get_tensor(name) for name in (file.keys() if some is None else some)}
         # What PyTorch wrote before version 1.6 is no zip file and can't be mapped.
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
@@ -126,7 +143,7 @@ def open_file(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} can't be read as weights ({reason}); is the file whole?") from None
     if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
         raise ValueError(f"{path} holds a {type(tensors).__name__}; expected a dict of tensors")
-    return {name: x.detach() for name, x in tensors.items()}
+    return {name: x.detach() for name, x in tensors.items() if some is None or name in some}
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -150,6 +167,16 @@ def _shards(index: Path) -> tuple[Path, ...]:
         if name not in held[file]:
             raise ValueError(f"{shards[file]} does not hold {name}, which {index.name} looks for there")
     return tuple(shards.values())
+
+
+class Unfilled(TorchFunctionMode):
+    """Layers made within don't draw their first values, for which the meta device would import torch's compiler: with
+    that a small model takes twice as long to answer."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=(), quantize="") -> nn.Module:
@@ -283,7 +310,7 @@ def _assemble(
     vision = vision_config(vision)
     inputs = shapes.get("projector.layernorm.weight", (len(FIVE) * vision.width,))[0]
     config = join_configs(config, text, vision, inputs, tokenizer)
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         model = ViPLLaVA(config)
     if parts[0].scheme:
         quant.swap(model, parts[0].scheme)
@@ -405,7 +432,7 @@ def load_clip(path_or_name: str | Path, device=None, dtype: torch.dtype | None =
     if config.get("model_type") != "clip":
         raise ValueError(f"{folder / 'config.json'} says model_type {config.get('model_type')!r}; expected clip")
     vision, text, projection = clip_configs(config)
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         model = CLIP(vision, text, projection)
     return fill(model, [Part(weight_files(folder))], device, dtype), CLIPTokenizer.load(folder, text.context)
 

@@ -215,8 +215,8 @@ def _waves(grid: int, width: int) -> torch.Tensor:
     With them one rule, "what is beside me?", holds everywhere at once; from random positions a tower learns it for each
     patch anew, and a small one was still at colors where this one knew places and shapes. (He et al., arXiv 2111.06377.)
     """
-    frequencies = 10.0 ** -torch.linspace(0, 1, width // 4 + 1)[:-1]  # radians a patch
-    y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    frequencies = 10.0 ** -torch.linspace(0, 1, width // 4 + 1, device="cpu")[:-1]  # radians a patch
+    y, x = torch.meshgrid(*2 * [torch.arange(grid, device="cpu")], indexing="ij")
     angles = torch.cat([axis.flatten()[:, None] * frequencies for axis in (x, y)], dim=1)  # (grid², width / 2)
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 4))
 

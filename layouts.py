@@ -21,6 +21,7 @@ Pitfalls
   * Hugging Face wants an embedding row for the image token, the official layout has none: see rows_written.
 """
 
+import functools
 import math
 
 import torch
@@ -78,6 +79,7 @@ def _swap(name: str, pairs) -> str:
     return next((new + name[len(old) :] for old, new in pairs if name.startswith(old)), name)
 
 
+@functools.cache
 def rename(name: str) -> str:
     """Any layout's name of a tensor -> ours. Our own names stay, and so do unknown ones."""
     for theirs, ours in _BY_LENGTH:

@@ -17,6 +17,7 @@ Pitfalls
 Letters: B batch, T new tokens, S cache slots, C width, H heads, K key-value heads, D head width, L layers, V words.
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +68,7 @@ class KVCache:
         self.k = torch.zeros(shape, device=start.device, dtype=dtype)
         self.v = torch.zeros(shape, device=start.device, dtype=dtype)
         self.length = torch.zeros((), device=start.device, dtype=torch.long)
-        if start.is_cuda:  # else a compiled step that writes into them is no CUDA graph
+        if start.is_cuda and "torch._dynamo" in sys.modules:  # compiled, a step that writes to them is a CUDA graph
             for x in (self.k, self.v, self.length):
                 torch._dynamo.mark_static_address(x)
         self.slots = torch.arange(slots, device=start.device)  # (S,)

@@ -85,6 +85,13 @@ def test_the_python_of_the_readme():
     assert done.stdout == "".join(answers) == "a yellow heart\n['a yellow heart', 'center']\n"
 
 
+def test_nothing_is_imported_that_an_answer_does_not_need():
+    """Guards against: torch's compiler, which takes longer to import than the answer to compute."""
+    code = "import sys, sample; sample.main(sys.argv[1:]); sys.exit('torch._dynamo' in sys.modules)"
+    command = [sys.executable, "-c", code, "--image", "examples/scene.png", "--arrow", "322,92"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
 def test_quick_start():
     """Guards against a README whose first command does not answer as it says."""
     command = [sys.executable, "sample.py", "--image", "examples/scene.png", "--arrow", "322,92", "What is this?"]
