@@ -6,7 +6,8 @@
 
 | measure     | what is timed                                                                             |
 | ----------- | ----------------------------------------------------------------------------------------- |
-| load        | from a folder to weights, all of whose pages have been touched                            |
+| load        | from a folder to a model                                                                  |
+| … touched   | and until a number of each page of its weights has been read                              |
 | prefill     | from pixels and ids (the image, and --words after it) to the first token                  |
 | decode      | a token after that, the mean of --tokens                                                  |
 | second turn | of a chat, to its first token: with what is kept of the first, against starting over      |
@@ -88,13 +89,15 @@ class Ours:
     def _load(self) -> None:
         self.model, _ = checkpoint.load(self.folder, self.args.device, self.dtype, quantize=self.quantize)
 
-    def load(self) -> float:
+    def load(self) -> tuple[float, float]:
+        """Seconds until there is a model, and until its weights have been read."""
         self.model = None
         gc.collect()
         began = time.perf_counter()
         self._load()
+        returned = time.perf_counter() - began
         touch(self.model)
-        return time.perf_counter() - began
+        return returned, time.perf_counter() - began
 
     def read(self) -> int:
         """Bytes that a token has to read: the decoder's weights, and keys and values in the middle of the answer."""
@@ -315,8 +318,9 @@ def report(args, config, results, peers, speed: float, peak: dict[str, float]) -
         theirs = [[median([answer[k] for answer in rival["answers"]]) for rival in rivals] for k in (0, 1)]
         line(f"decode {precision}", later, theirs[1], found["read"] / later / speed)
         line(f"prefill {precision}", first, theirs[0], flops / first / 1e12 / peak[wide])
-        if found["loads"]:
-            line(f"load {precision}", median(found["loads"][1:]), [median(rival["loads"][1:]) for rival in rivals])
+        for k, what in enumerate((f"load {precision}", "… touched")) if found["loads"] else ():
+            mine, *others = (median([load[k] for load in side["loads"][1:]]) for side in (found, *rivals))
+            line(what, mine, others)
         with_memory, anew = (median([turn[k] for turn in found["turns"]]) for k in (0, 1))
         print(f"{f'second turn {precision}':22}{1e3 * with_memory:9.2f} ms; starting over {1e3 * anew:.2f} ms, {anew / with_memory:.1f} times")
         tokens = found["answers"][0][2]
