@@ -306,7 +306,7 @@ def test_ctrl_c_ends_quietly(files):
 
 def test_ctrl_c_while_loading(here, monkeypatch):
     """Guards against a Ctrl-C that only the chat expects, and a marked image that is written though nothing came."""
-    monkeypatch.setattr(checkpoint, "load", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert ask("--image", "photo.jpg", "--point", "5,5", "--show", "never.png") == (130, "", "")
     assert not Path("never.png").exists()
 
