@@ -395,7 +395,8 @@ def _write_weights(config: ViPLLaVAConfig, state: dict, folder: Path, shard_byte
         tensors = {hub_name(name): state[name].cpu().contiguous() for name in names}  # on a CPU these are no copies
         for name in [name for name in names if more and name.startswith(("llama.embed_tokens.", "llama.lm_head."))]:
             x = state[name].cpu()
-            mean = x.float().mean(dim=0, keepdim=True).to(x.dtype)  # a head's mean row is never the likeliest token
+            # A head's mean row is never the likeliest token. (Quantised it is any row: transformers can't read it, we don't.)
+            mean = x.float().mean(dim=0, keepdim=True).to(x.dtype)
             tensors[hub_name(name)] = torch.cat([x, mean.expand(more, *x.shape[1:])])
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors lets nobody but its owner read it

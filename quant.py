@@ -12,8 +12,8 @@ Quantised are the decoder's matrices, its head included; CLIP, the projector, wo
     python quant.py 7b runs/7b-int4 --bits 4                       # once; then --model runs/7b-int4
 
 Which way is the fastest depends on the device and on how many rows x has: one for each new token, all of the prompt's.
-On a CPU few rows take PyTorch's own kernel, and many a product with the weights unpacked; on a GPU torch.compile joins
-unpacking and product of int8 into one kernel, and 4 bits have PyTorch's own.
+For int8 a CPU has PyTorch's own kernel for few rows, and many are multiplied with the weights unpacked; on a GPU
+torch.compile joins unpacking and product into one. For int4 both have PyTorch's own, for few rows and many.
 """
 
 import re
