@@ -13,20 +13,23 @@ Quantised are the decoder's matrices, its head included; CLIP, the projector, wo
 
 Which way is the fastest depends on the device and on how many rows x has: one for each new token, all of the prompt's.
 For int8 a CPU has PyTorch's own kernel for few rows, and many are multiplied with the weights unpacked; on a GPU
-torch.compile joins unpacking and product into one. For int4 both have PyTorch's own, for few rows and many.
+torch.compile joins unpacking and product into one. For int4 both have PyTorch's own; a CPU's is slow for many rows,
+which are multiplied with the weights unpacked, too.
 """
 
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 GROUP = 128  # inputs that share a scale, in 4 bits
-FEW = 32  # rows for which a CPU's kernel is faster than to unpack the weights first
+FEW = 32  # rows for which a CPU's kernel is faster than to unpack 8 bits first,
+SOME = 128  # and 4 bits
 TARGET = re.compile(r"llama\.(lm_head|layers\.\d+\.(self_attn|mlp)\.\w+_proj)\.(weight|scale|low)")
 
 
@@ -96,7 +99,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("weight", torch.empty(outputs, inputs // 2, dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(outputs, inputs // GROUP))
         self.register_buffer("low", torch.empty(outputs, inputs // GROUP))
-        self.kernel = None  # see `pack`
+        self.kernel, self.block = None, 0  # see `pack`
 
     @staticmethod
     def compress(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -121,7 +124,7 @@ class Int4Linear(nn.Module):
         q, device = self.numbers(), self.weight.device.type
         if device == "cpu" and outputs % 64 == 0:
             self.kernel = torch._weight_int4pack_mm_for_cpu
-            self.weight = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1)
+            self.weight, self.block = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1), block_of_layout()
         elif device == "cuda" and outputs % 8 == 0 and inputs % 1024 == 0:
             self.kernel = torch._weight_int4pack_mm
             self.weight = torch._convert_weight_to_int4pack(q[:, 1::2] | q[:, ::2] << 4, 8)
@@ -131,12 +134,36 @@ class Int4Linear(nn.Module):
         self.scale = torch.stack([self.scale.T, middle.T], dim=2).bfloat16().contiguous()  # (groups, out, 2)
         self.low = None
 
+    def unpacked(self, kind: torch.dtype) -> torch.Tensor:
+        """What a CPU's layout stands for, (in, out)."""
+        q = unlayout(self.weight, self.block).unflatten(0, (-1, GROUP)).to(kind)  # (groups, GROUP, out)
+        scale, middle = self.scale.to(kind)[:, None].unbind(3)  # (groups, 1, out)
+        return torch.addcmul(middle - 8 * scale, q, scale).flatten(0, 1)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.kernel:
-            y = self.kernel(rows_of(x).bfloat16(), self.weight, GROUP, self.scale)
+            rows = rows_of(x)
+            if self.block and len(rows) >= SOME:
+                y = rows.to(product_type(x)) @ self.unpacked(product_type(x))
+            else:
+                y = self.kernel(rows.bfloat16(), self.weight, GROUP, self.scale)
             return y.to(x.dtype).unflatten(0, x.shape[:-1])
         groups = self.numbers().unflatten(1, (-1, GROUP)) * self.scale[..., None] + self.low[..., None]
         return F.linear(x, groups.flatten(1).to(x.dtype))
+
+
+def unlayout(packed: torch.Tensor, block: int) -> torch.Tensor:
+    """Numbers (in, out) from a CPU's layout: blocks of outputs, whose first half lies in the lower four bits."""
+    pairs = packed.view(-1, 2 * packed.size(1), block // 2).transpose(0, 1)  # (in, blocks, block / 2)
+    return torch.cat([pairs & 15, pairs >> 4], dim=2).flatten(1)
+
+
+@cache
+def block_of_layout() -> int:
+    """How many outputs a block has; it depends on the CPU. 0: the layout is another one."""
+    q = torch.arange(64 * 32).remainder(13).view(64, 32)
+    packed = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1)
+    return next((n for n in (64, 32) if torch.equal(unlayout(packed, n), q.T)), 0)
 
 
 SCHEMES = {"int8": Int8Linear, "int4": Int4Linear}

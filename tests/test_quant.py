@@ -73,7 +73,7 @@ def test_four_bits_are_near():
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(128, 256), (40, 128), (1024, 384)])
-@pytest.mark.parametrize("rows", [(1, 1), (2, 3), (3, 40)])
+@pytest.mark.parametrize("rows", [(1, 1), (2, 3), (3, 50)])
 def test_every_way_to_multiply_agrees(scheme, dtype, shape, rows):
     """Guards against: a kernel that wants another layout, or rows of another shape; few and many rows; shapes that the
     kernel can't take."""
@@ -88,6 +88,18 @@ def test_every_way_to_multiply_agrees(scheme, dtype, shape, rows):
         layer.pack()
         assert bool(layer.kernel) == (shape[0] % 64 == 0)
         assert relative_error(layer(x).float(), expected) < 0.012
+
+
+def test_a_layout_that_is_not_known_is_left_to_its_kernel():
+    """Guards against: numbers unpacked in another order than this CPU packs them, in whatever blocks."""
+    layer = layer_of("int4", weight_of(128, 256))
+    q = layer.numbers()
+    layer.pack()
+    assert layer.block in (32, 64) and torch.equal(quant.unlayout(layer.weight, layer.block), q.T)
+    x = torch.randn(200, 256, generator=torch.Generator().manual_seed(1))
+    expected = layer(x)
+    layer.block, layer.unpacked = 0, None
+    torch.testing.assert_close(layer(x), expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("wide", [False, True])
