@@ -18,6 +18,7 @@ Pitfalls
 """
 
 import contextlib
+import itertools
 import os
 import pickle
 import re
@@ -106,14 +107,37 @@ class Part:
         """
         wanted = {name: x.dtype if self.quantized(name) else dtype for name, x in self.tensors.items()}
         as_is = device.type == "cpu" and all(x.dtype == wanted[name] for name, x in self.tensors.items())
+        buffers = itertools.cycle(pinned_buffers()) if device.type == "cuda" else None
         for file in self.files:
             sizes = {theirs: x.nbytes for theirs, x in open_file(file).items()}
             for some in [sizes] if as_is else groups(sizes, max(sum(sizes.values()) // 32, SMALL)):
                 tensors = self.open(file, some)
                 for name in list(tensors):
                     x = tensors[name]
-                    yield name, (x if as_is else x.to(device, wanted[name], copy=True)).contiguous()
+                    x = carry(x, device, buffers) if buffers else x
+                    yield name, (x if as_is else x.to(device, wanted[name], copy=not buffers)).contiguous()
                 x = tensors = None  # the old mapping goes before the new one comes
+
+
+def pinned_buffers(size: int = 2**26) -> list[tuple[torch.Tensor, torch.cuda.Event]]:
+    """Memory that a GPU fetches from by itself, and when it last had done so."""
+    return [(torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
+
+
+def carry(x: torch.Tensor, device: torch.device, buffers: Iterator) -> torch.Tensor:
+    """A mapped tensor, onto a GPU: all cores read its file into one buffer while the other's bytes travel. Straight from
+    the file, one would wait for each page."""
+    there = torch.empty(x.shape, dtype=x.dtype, device=device)
+    source, target = (t.reshape(-1).view(torch.uint8) for t in (x, there))
+    while source.numel():
+        buffer, free = next(buffers)
+        n = min(len(buffer), len(source))
+        free.synchronize()
+        buffer[:n].copy_(source[:n])
+        target[:n].copy_(buffer[:n], non_blocking=True)
+        free.record()
+        source, target = source[n:], target[n:]
+    return there
 
 
 def groups(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
