@@ -58,6 +58,19 @@ def test_the_judge_s_prompt_is_the_published_one():
     assert hashlib.sha256(judge_file.PROMPT.encode()).hexdigest()[:16] == "ca1865b6fe91ec5b"
 
 
+def test_what_the_judge_reads_and_how_long_it_is_given(tmp_path, server, monkeypatch):
+    """Guards against a truth whose parts run into its <AND>, and a busy server that is asked again at once."""
+    judge, pauses = Judge(server.url, "judge", Cache(tmp_path / "judge.jsonl")), []
+    assert judge.grade("What?", "a<AND>b<OR>c", "d", 0) == 1
+    assert server.requests[-1][2]["messages"][0]["content"] == judge_file.PROMPT + "\nWhat? | a <AND> b <OR> c | d | "
+    server.say = lambda prompt, times: (503, "busy")
+    monkeypatch.setattr(judge_file, "PAUSE", 2.0)
+    monkeypatch.setattr(judge_file.time, "sleep", pauses.append)
+    with pytest.raises(ConnectionError, match="after 5 tries"):
+        judge.grade("What?", "a", "another", 0)
+    assert pauses == [2, 4, 8, 16]
+
+
 def prediction(prompt: str) -> str:
     return prompt.rsplit(" | ", 2)[1]
 
