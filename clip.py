@@ -109,9 +109,11 @@ def preprocess(image: Image.Image, size: int, mode: str = "pad") -> torch.Tensor
         raise ValueError(f"an image of {w} x {h} pixels is too long and thin to {mode}; expected a squarer one")
     if mode == "pad" and w != h:
         side = max(w, h)
-        square = Image.new("RGB", (side, side), PAD_COLOR)
-        square.paste(image, ((side - w) // 2, (side - h) // 2))
-        image = square
+        if w > h:  # Pillow makes each row shorter, then each column: the rows of padding can come in between
+            image = image.resize((size, h), Image.Resampling.BICUBIC)
+        padded = Image.new("RGB", (size if w > h else side, side), PAD_COLOR)
+        padded.paste(image, ((padded.width - image.width) // 2, (side - h) // 2))
+        image = padded
     elif mode == "crop":
         short = min(w, h)
         image = image.resize((size * w // short, size * h // short), Image.Resampling.BICUBIC)
@@ -121,7 +123,7 @@ def preprocess(image: Image.Image, size: int, mode: str = "pad") -> torch.Tensor
         raise ValueError(f'unknown mode {mode!r}; expected "pad", "squeeze" or "crop"')
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()  # (3, S, S)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float()  # (3, S, S)
     return pixels.div_(255).sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
 
 
