@@ -61,7 +61,7 @@ def test_the_judge_s_prompt_is_the_published_one():
 def test_what_the_judge_reads_and_how_long_it_is_given(tmp_path, server, monkeypatch):
     """Guards against a truth whose parts run into its <AND>, and a busy server that is asked again at once."""
     judge, pauses = Judge(server.url, "judge", Cache(tmp_path / "judge.jsonl")), []
-    assert judge.grade("What?", "a<AND>b<OR>c", "d", 0) == 1
+    assert [judge.grade("What?", "a<AND>b<OR>c", "d", 0) for _ in range(2)] == [1, 1] and len(server.requests) == 1
     assert server.requests[-1][2]["messages"][0]["content"] == judge_file.PROMPT + "\nWhat? | a <AND> b <OR> c | d | "
     server.say = lambda prompt, times: (503, "busy")
     monkeypatch.setattr(judge_file, "PAUSE", 2.0)
