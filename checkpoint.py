@@ -359,8 +359,8 @@ def save(model: ViPLLaVA, tokenizer: Tokenizer, folder, shard_bytes: float = 5e9
     replaced, other files stay. Raises ValueError, before anything is written, where another model would be lost, and
     for quantised weights that were made ready for one device.
     """
-    if any(isinstance(layer, quant.Int4Linear) and layer.kernel for layer in model.modules()):
-        raise ValueError("these 4 bits are laid out for one device; expected a model loaded with ready=False")
+    if any(getattr(layer, "packed", False) for layer in model.modules()):
+        raise ValueError("the weights are laid out for one device; expected a model loaded with ready=False")
     with _beside(folder) as beside:
         _write_weights(model.config, state or model.state_dict(), beside, shard_bytes)
         _write_configs(model, tokenizer, beside)

@@ -12,9 +12,9 @@ Quantised are the decoder's matrices, its head included; CLIP, the projector, wo
     python quant.py 7b runs/7b-int4 --bits 4                       # once; then --model runs/7b-int4
 
 Which way is the fastest depends on the device and on how many rows x has: one for each new token, all of the prompt's.
-For int8 a CPU has PyTorch's own kernel for few rows, and many are multiplied with the weights unpacked; on a GPU
-torch.compile joins unpacking and product into one. For int4 both have PyTorch's own; a CPU's is slow for many rows,
-which are multiplied with the weights unpacked, too.
+For int8 a CPU that has instructions for it multiplies whole numbers; another one has PyTorch's kernel for few rows, and
+unpacks the weights for many. On a GPU torch.compile joins unpacking and product into one. For int4 both have PyTorch's
+kernels; a CPU's is slow for many rows, for which the weights are unpacked, too.
 """
 
 import re
@@ -67,6 +67,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.register_buffer("weight", torch.empty(outputs, inputs, dtype=torch.int8))
         self.register_buffer("scale", torch.empty(outputs))
+        self.packed = False
 
     @staticmethod
     def compress(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -77,18 +78,53 @@ class Int8Linear(nn.Module):
         return {"weight": q.to(torch.int8), "scale": scale}
 
     def pack(self) -> None:
-        """Move weights that a file maps to any place: a CPU's kernel reads from multiples of 64 bytes."""
-        if self.weight.data_ptr() % 64:
-            self.weight = self.weight.clone()
+        """Lay the weights out as this CPU's kernel wants them: in blocks, or where a multiple of 64 bytes begins."""
+        if self.weight.device.type == "cpu":
+            self.packed = multiplies_whole_numbers()
+            if self.packed:
+                self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)
+            elif self.weight.data_ptr() % 64:  # a file is mapped to any place
+                self.weight = self.weight.clone()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = rows_of(x)
-        if x.device.type == "cpu" and len(rows) < FEW and x.size(-1) % 32 == 0:  # reads beyond the end of others
+        if self.packed:  # as an operator where it is compiled: Inductor takes the one within for another
+            product = torch.ops.vipllava.whole_product if torch.compiler.is_compiling() else whole_product
+            y = product(rows, self.weight, self.scale)
+        elif x.device.type == "cpu" and len(rows) < FEW and x.size(-1) % 32 == 0:  # reads beyond the end of others
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16())
         else:
             kind = product_type(x)
             y = F.linear(rows.to(kind), self.weight.to(kind)) * self.scale.to(kind)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def whole_product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x (rows, in) -> (rows, out) in float32. x, too, becomes whole numbers: a coarse one and, for what is left, a fine
+    one, which keep 15 bits of it together; so the only sums are of whole numbers, and exact."""
+    size = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-30) / 127  # (rows, 1)
+    x = x / size  # -127 … 127
+    coarse = x.round()
+    both = coarse, x.sub_(coarse).mul_(254)
+    q = torch.cat([part.add_(128).round_().to(torch.uint8) for part in both])  # (2 rows, in); 128 stands for 0
+    zero = torch.zeros_like(scale, dtype=torch.int32)
+    y = torch.ops.onednn.qlinear_pointwise(q, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
+    return y[: len(x)].add_(y[len(x) :], alpha=1 / 254).mul_(size)
+
+
+_operator = torch.library.custom_op("vipllava::whole_product", whole_product, mutates_args=())
+_operator.register_fake(lambda x, packed, scale: x.new_empty(len(x), len(scale), dtype=torch.float32))
+
+
+@cache
+def multiplies_whole_numbers() -> bool:
+    """Has this CPU instructions that add products of 8 bits in 32? With older ones sums are cut off at 16."""
+    x, weight = torch.full((1, 512), 127.0), torch.full((512, 512), 127, dtype=torch.int8)
+    try:
+        y = whole_product(x, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(512))
+    except (AttributeError, RuntimeError):  # PyTorch was built without oneDNN
+        return False
+    return bool((y == 512 * 127 * 127).all())
 
 
 class Int4Linear(nn.Module):
@@ -99,7 +135,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("weight", torch.empty(outputs, inputs // 2, dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(outputs, inputs // GROUP))
         self.register_buffer("low", torch.empty(outputs, inputs // GROUP))
-        self.kernel, self.block = None, 0  # see `pack`
+        self.packed, self.kernel, self.block = False, None, 0  # see `pack`
 
     @staticmethod
     def compress(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -130,6 +166,7 @@ class Int4Linear(nn.Module):
             self.weight = torch._convert_weight_to_int4pack(q[:, 1::2] | q[:, ::2] << 4, 8)
         else:
             return
+        self.packed = True
         middle = self.low + 8 * self.scale  # kernels count from the middle
         self.scale = torch.stack([self.scale.T, middle.T], dim=2).bfloat16().contiguous()  # (groups, out, 2)
         self.low = None
@@ -141,7 +178,7 @@ class Int4Linear(nn.Module):
         return torch.addcmul(middle - 8 * scale, q, scale).flatten(0, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kernel:
+        if self.packed:
             rows = rows_of(x)
             if self.block and len(rows) >= SOME:
                 y = rows.to(product_type(x)) @ self.unpacked(product_type(x))
@@ -209,7 +246,7 @@ def widen(model: nn.Module) -> None:
 
 
 def pack(model: nn.Module) -> nn.Module:
-    """The last step before use: the weights as this device's kernels want them. 4 bits can't be saved any more then."""
+    """The last step before use: the weights as this device's kernels want them. They can't be saved any more then."""
     for layer in model.modules():
         if isinstance(layer, tuple(SCHEMES.values())):
             layer.pack()

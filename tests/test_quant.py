@@ -3,6 +3,7 @@
     python -m pytest tests/test_quant.py
 """
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -84,10 +85,30 @@ def test_every_way_to_multiply_agrees(scheme, dtype, shape, rows):
     plain = layer(x)
     assert plain.dtype == dtype and plain.shape == (*rows, shape[0])
     assert relative_error(plain.float(), expected) < 0.012
-    if scheme == "int4":
-        layer.pack()
-        assert bool(layer.kernel) == (shape[0] % 64 == 0)
-        assert relative_error(layer(x).float(), expected) < 0.012
+    layer.pack()
+    assert layer.packed == (shape[0] % 64 == 0 if scheme == "int4" else quant.multiplies_whole_numbers())
+    assert relative_error(layer(x).float(), expected) < 0.012
+
+
+@pytest.mark.skipif(
+    not torch.cpu._is_vnni_supported() or "ONEDNN_MAX_CPU_ISA" in os.environ, reason="no instructions for 8 bits to test"
+)
+def test_whole_numbers_keep_fifteen_bits():
+    """Guards against: sums that are cut off at 16 bits, one row's size taken for all, a wrong zero point, another result
+    where it is compiled."""
+    generator = torch.Generator().manual_seed(1)
+    assert quant.multiplies_whole_numbers()
+    layer = layer_of("int8", weight_of(192, 512))
+    weight = dense(layer).double()
+    layer.pack()
+    x = torch.randn(40, 512, generator=generator) * 10 ** torch.linspace(-6, 4, 40)[:, None]
+    x[3], x[4], x[5, 7] = 0, -1, 1e6
+    before, y = x.clone(), layer(x)
+    assert torch.equal(x, before) and y[3].eq(0).all()
+    limit = x.abs().amax(dim=1, keepdim=True).double() / 127 / 508 * weight.abs().sum(dim=1)  # half a step of each input
+    assert ((y - x.double() @ weight.T).abs() <= 1.01 * limit + 1e-6 * y.abs()).all()
+    compiled = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), y, rtol=0, atol=0)
 
 
 def test_a_layout_that_is_not_known_is_left_to_its_kernel():
