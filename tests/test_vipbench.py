@@ -150,6 +150,7 @@ def test_a_judge_that_dies_half_way_loses_nothing(bench, tmp_path, server, capsy
     server.say = lambda prompt, times: "0.5"
     assert score(bench, tmp_path, "--judge-url", server.url, "--judge-runs", "1") == 0
     assert len(server.requests) == 203
+    assert {json.loads(line)["score"] for line in (tmp_path / "judge.jsonl").read_text().splitlines()} == {0.5}
     assert json.loads((tmp_path / "judge-results.json").read_text())["rows"]["all"]["score"] == 50
 
 
@@ -180,6 +181,13 @@ def test_a_busy_judge_is_asked_again(trouble, server, tmp_path):
     server.say = lambda prompt, times: trouble if times < 3 else "0.7"
     judge = Judge(server.url, "some", Cache(tmp_path / "judge.jsonl"), timeout=0.3)
     assert judge.grade("What?", "7", "It is 7.", run=0) == 0.7 and len(server.requests) == 3
+
+
+def test_silence_is_not_waited_out(server, tmp_path):
+    """Guards against a time limit that nobody keeps: the server would say nothing for ten seconds, and then hang up."""
+    server.say = lambda prompt, times: 2.0
+    with pytest.raises(ConnectionError, match="TimeoutError: timed out"):
+        Judge(server.url, "some", Cache(tmp_path / "judge.jsonl"), timeout=0.1).grade("What?", "7", "7", run=0)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
