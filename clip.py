@@ -109,7 +109,7 @@ def preprocess(image: Image.Image, size: int, mode: str = "pad") -> torch.Tensor
         raise ValueError(f"an image of {w} x {h} pixels is too long and thin to {mode}; expected a squarer one")
     if mode == "pad" and w != h:
         side = max(w, h)
-        if w > h:  # Pillow makes each row shorter, then each column: the rows of padding can come in between
+        if w > h:  # Pillow resizes all rows, then all columns: the rows of padding can come in between
             image = image.resize((size, h), Image.Resampling.BICUBIC)
         padded = Image.new("RGB", (size if w > h else side, side), PAD_COLOR)
         padded.paste(image, ((padded.width - image.width) // 2, (side - h) // 2))

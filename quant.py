@@ -88,8 +88,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = rows_of(x)
-        if self.packed:  # as an operator where it is compiled: Inductor takes the one within for another
-            product = torch.ops.vipllava.whole_product if torch.compiler.is_compiling() else whole_product
+        if self.packed:
+            product = opaque_product if torch.compiler.is_compiling() else whole_product
             y = product(rows, self.weight, self.scale)
         elif x.device.type == "cpu" and len(rows) < FEW and x.size(-1) % 32 == 0:  # reads beyond the end of others
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16())
@@ -112,8 +112,9 @@ def whole_product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) ->
     return y[: len(x)].add_(y[len(x) :], alpha=1 / 254).mul_(size)
 
 
-_operator = torch.library.custom_op("vipllava::whole_product", whole_product, mutates_args=())
-_operator.register_fake(lambda x, packed, scale: x.new_empty(len(x), len(scale), dtype=torch.float32))
+# torch.compile does not look into an operator; what is within this one, Inductor knows from other models' patterns only.
+opaque_product = torch.library.custom_op("vipllava::whole_product", whole_product, mutates_args=())
+opaque_product.register_fake(lambda x, packed, scale: x.new_empty(len(x), len(scale), dtype=torch.float32))
 
 
 @cache
@@ -246,7 +247,8 @@ def widen(model: nn.Module) -> None:
 
 
 def pack(model: nn.Module) -> nn.Module:
-    """The last step before use: the weights as this device's kernels want them. They can't be saved any more then."""
+    """The last step before use: the weights as this device's kernels want them. Layers that are laid out
+    anew for it (`packed`) can't be saved any more."""
     for layer in model.modules():
         if isinstance(layer, tuple(SCHEMES.values())):
             layer.pack()
