@@ -18,21 +18,15 @@ Pitfalls
 """
 
 import contextlib
-import itertools
 import os
-import pickle
 import re
 import shutil
 import sys
-import zipfile
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
@@ -40,220 +34,15 @@ import lora
 import quant
 from chat import stop_ids
 from clip import CLIP
+from files import Part, weight_files
 from hub import find
-from layouts import (BUFFERS, CLIP_REST, FIVE, METHOD, OFFICIAL, clip_config_json, clip_configs, clip_name, config_json,
-                     hub_name, image_processor, join_configs, rename, rows_written, section, split_fused, text_config,
+from layouts import (CLIP_REST, FIVE, METHOD, OFFICIAL, clip_config_json, clip_configs, clip_name, config_json,
+                     hub_name, image_processor, join_configs, rename, rows_written, section, text_config,
                      vision_config)  # fmt: skip
 from tokenizer import CLIPTokenizer, Tokenizer, read_json, write_json
 from vipllava import Projector, ViPLLaVA, ViPLLaVAConfig
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14-336"
-SMALL = 2**23  # bytes that are not worth to open a file anew for
-
-
-# -- files: mapped, checked, then read tensor by tensor --------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Part:
-    """The files of one checkpoint; what our names begin with that is not wanted from them; how they are quantised."""
-
-    files: tuple[Path, ...]
-    drop: tuple[str, ...] = ()
-    scheme: str = ""
-
-    def open(self, file: Path, some: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-        """Our names -> the tensors in `file`, or those that it calls `some`, mapped, not yet read."""
-        tensors = {}
-        for theirs, mapped in open_file(file, some).items():
-            for name, x in split_fused(rename(theirs), mapped):
-                if theirs.endswith(BUFFERS) or name.startswith(self.drop):
-                    continue
-                if name in tensors:
-                    raise ValueError(f"{file} holds {name} twice, the second time as {theirs}")
-                if not x.is_floating_point() and not self.quantized(name):
-                    raise ValueError(f"{file}: {theirs} is {x.dtype}; expected floating point, not quantised weights")
-                tensors[name] = x
-        return tensors
-
-    def quantized(self, name: str) -> bool:
-        return bool(self.scheme and quant.TARGET.fullmatch(name))
-
-    @cached_property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All of the files', on the meta device."""
-        found = {}
-        for file in self.files:
-            tensors = self.open(file)
-            if twice := found.keys() & tensors.keys():
-                raise ValueError(f"{file} holds {min(twice)}, which another file holds too")
-            found |= {name: torch.empty_like(x, device="meta") for name, x in tensors.items()}
-        return found
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(x.shape) for name, x in self.tensors.items()}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the first tensor that is not quantised, and in a checkpoint of one piece of all."""
-        return next(x.dtype for name, x in self.tensors.items() if not self.quantized(name))
-
-    def read(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor as `dtype` (what is quantised: as it is) on `device`.
-
-        Pages of a mapped file are memory in use once they are read. Where tensors are converted, the file is opened
-        anew for every 32nd part of it, which lets go of those before (but for a page or so of each tensor).
-        """
-        wanted = {name: x.dtype if self.quantized(name) else dtype for name, x in self.tensors.items()}
-        as_is = device.type == "cpu" and all(x.dtype == wanted[name] for name, x in self.tensors.items())
-        buffers = itertools.cycle(pinned_buffers()) if device.type == "cuda" else None
-        for file in self.files:
-            sizes = {theirs: x.nbytes for theirs, x in open_file(file).items()}
-            for some in [sizes] if as_is else groups(sizes, max(sum(sizes.values()) // 32, SMALL)):
-                tensors = self.open(file, some)
-                for name in list(tensors):
-                    x = tensors[name]
-                    x = carry(x, device, buffers) if buffers else x
-                    yield name, (x if as_is else x.to(device, wanted[name], copy=not buffers)).contiguous()
-                x = tensors = None  # the old mapping goes before the new one comes
-
-
-def pinned_buffers(size: int = 2**26) -> list[tuple[torch.Tensor, torch.cuda.Event]]:
-    """Memory that a GPU fetches from by itself, and when it last had done so."""
-    return [(torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
-
-
-def carry(x: torch.Tensor, device: torch.device, buffers: Iterator) -> torch.Tensor:
-    """A mapped tensor, onto a GPU: all cores read its file into one buffer while the other's bytes travel. Straight from
-    the file, one would wait for each page."""
-    there = torch.empty(x.shape, dtype=x.dtype, device=device)
-    source, target = (t.reshape(-1).view(torch.uint8) for t in (x, there))
-    while source.numel():
-        buffer, free = next(buffers)
-        n = min(len(buffer), len(source))
-        free.synchronize()
-        buffer[:n].copy_(source[:n])
-        target[:n].copy_(buffer[:n], non_blocking=True)
-        free.record()
-        source, target = source[n:], target[n:]
-    return there
-
-
-def groups(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
-    """The names, one after the other, in groups that end once they have reached the limit."""
-    group, size = [], 0
-    for name, more in sizes.items():
-        group.append(name)
-        size += more
-        if size >= limit:
-            yield group
-            group, size = [], 0
-    yield group
-
-
-def open_file(path: Path, some: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors or .bin file by its own names for them, or some of them, mapped, not yet read."""
-    if not path.is_file():
-        raise FileNotFoundError(f"the weights {path} are missing")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in (file.keys() if some is None else some)}
-        # What PyTorch wrote before version 1.6 is no zip file and can't be mapped.
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} can't be read as weights ({reason}); is the file whole?") from None
-    if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
-        raise ValueError(f"{path} holds a {type(tensors).__name__}; expected a dict of tensors")
-    return {name: x.detach() for name, x in tensors.items() if some is None or name in some}
-
-
-def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The files with a folder's weights: safetensors before .bin, one file before shards."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return (folder / name,)
-        if (folder / f"{name}.index.json").is_file():
-            return _shards(folder / f"{name}.index.json")
-    hint = "; mm_projector.bin alone is for load_parts" if (folder / "mm_projector.bin").is_file() else ""
-    raise FileNotFoundError(f"no weights in {folder}; expected model.safetensors, pytorch_model.bin or shards{hint}")
-
-
-def _shards(index: Path) -> tuple[Path, ...]:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
-        raise ValueError(f'{index} has no "weight_map" of tensors to files')
-    shards = {file: index.parent / Path(file).name for file in sorted(set(places.values()))}
-    held = {file: open_file(path).keys() for file, path in shards.items()}
-    for name, file in places.items():
-        if name not in held[file]:
-            raise ValueError(f"{shards[file]} does not hold {name}, which {index.name} looks for there")
-    return tuple(shards.values())
-
-
-class Unfilled(TorchFunctionMode):
-    """Layers made within don't draw their first values, for which the meta device would import torch's compiler: with
-    that a small model takes twice as long to answer."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=(), quantize="") -> nn.Module:
-    """Give a model on the meta device its weights: from files, and from `fresh`, our names -> tensors; eval mode.
-    quantize: as each is read, see quant.py."""
-    fresh = dict(fresh)
-    found = {name: tuple(x.shape) for name, x in fresh.items()}
-    for part in parts:
-        if twice := found.keys() & part.shapes.keys():
-            raise ValueError(f"{part.files[0].parent} holds {min(twice)}, which came already; expected it once")
-        found |= part.shapes
-    expected = {rename(name): tuple(x.shape) for name, x in model.state_dict().items()}
-    wrong = [f"{n} {list(s)} is missing" for n, s in expected.items() if n not in found]
-    wrong += [f"{n} {list(s)} is unexpected" for n, s in found.items() if n not in expected]
-    both = [(n, list(found[n]), list(s)) for n, s in expected.items() if found.get(n, s) != s]
-    wrong += [f"{n} is {theirs} in the file, {ours} by the config" for n, theirs, ours in both]
-    if wrong:
-        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise ValueError(f"the weights in {parts[0].files[0].parent} don't fit: {'; '.join(wrong[:4])}{more}")
-
-    if quantize:
-        quant.swap(model, quantize)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    size = sum(p.numel() for p in model.parameters()) + sum(x.nbytes for x in model.buffers()) // 4
-    dtype = dtype or default_dtype(device, size, parts[0].dtype)
-    tensors = {name: x.to(device, dtype) for name, x in fresh.items()}
-    reading = _with_bar((pair for part in parts for pair in part.read(device, dtype)), len(found) - len(fresh))
-    tensors.update(quant.compress(reading, quantize) if quantize else reading)
-    model.load_state_dict({name: tensors[rename(name)] for name in model.state_dict()}, assign=True)
-    if dtype.itemsize == 2 and device.type == "cpu":
-        quant.widen(model)
-    return model.eval()
-
-
-def _with_bar(pairs: Iterator, total: int) -> Iterator:
-    """The same pairs, with a progress bar on stderr where a person watches."""
-    if not sys.stderr.isatty():
-        return pairs
-    from huggingface_hub.utils import tqdm  # half a second that nobody else needs to wait
-
-    return tqdm(pairs, "weights", total, leave=False)
-
-
-def default_dtype(device: torch.device, parameters: int, stored: torch.dtype) -> torch.dtype:
-    """On an accelerator the 16 bits in which the weights are stored, else bfloat16; on a CPU float32, which is faster
-    there, unless it exceeds the free memory."""
-    if device.type != "cpu":
-        return stored if stored.itemsize == 2 else torch.bfloat16
-    try:
-        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
-    except (OSError, TypeError):  # not Linux: count all of the memory, or what most computers have at least
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8e9
-    return torch.float32 if 1.15 * 4 * parameters < free else torch.bfloat16
 
 
 # -- in --------------------------------------------------------------------------------------------------------------
@@ -340,6 +129,72 @@ def _assemble(
         quant.swap(model, parts[0].scheme)
     projector = {f"projector.{name}": x for name, x in Projector(config).state_dict().items()} if fresh else {}
     return fill(model, parts, device, dtype, projector, quantize), tokenizer
+
+
+# -- a model, filled --------------------------------------------------------------------------------------------------
+
+
+class Unfilled(TorchFunctionMode):
+    """Layers made within don't draw their first values, for which the meta device would import torch's compiler: with
+    that a small model takes twice as long to answer."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=(), quantize="") -> nn.Module:
+    """Give a model on the meta device its weights: from files, and from `fresh`, our names -> tensors; eval mode.
+    quantize: as each is read, see quant.py."""
+    fresh = dict(fresh)
+    found = {name: tuple(x.shape) for name, x in fresh.items()}
+    for part in parts:
+        if twice := found.keys() & part.shapes.keys():
+            raise ValueError(f"{part.files[0].parent} holds {min(twice)}, which came already; expected it once")
+        found |= part.shapes
+    expected = {rename(name): tuple(x.shape) for name, x in model.state_dict().items()}
+    wrong = [f"{n} {list(s)} is missing" for n, s in expected.items() if n not in found]
+    wrong += [f"{n} {list(s)} is unexpected" for n, s in found.items() if n not in expected]
+    both = [(n, list(found[n]), list(s)) for n, s in expected.items() if found.get(n, s) != s]
+    wrong += [f"{n} is {theirs} in the file, {ours} by the config" for n, theirs, ours in both]
+    if wrong:
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(f"the weights in {parts[0].files[0].parent} don't fit: {'; '.join(wrong[:4])}{more}")
+
+    if quantize:
+        quant.swap(model, quantize)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    size = sum(p.numel() for p in model.parameters()) + sum(x.nbytes for x in model.buffers()) // 4
+    dtype = dtype or default_dtype(device, size, parts[0].dtype)
+    tensors = {name: x.to(device, dtype) for name, x in fresh.items()}
+    reading = _with_bar((pair for part in parts for pair in part.read(device, dtype)), len(found) - len(fresh))
+    tensors.update(quant.compress(reading, quantize) if quantize else reading)
+    model.load_state_dict({name: tensors[rename(name)] for name in model.state_dict()}, assign=True)
+    if dtype.itemsize == 2 and device.type == "cpu":
+        quant.widen(model)
+    return model.eval()
+
+
+def _with_bar(pairs: Iterator, total: int) -> Iterator:
+    """The same pairs, with a progress bar on stderr where a person watches."""
+    if not sys.stderr.isatty():
+        return pairs
+    from huggingface_hub.utils import tqdm  # half a second that nobody else needs to wait
+
+    return tqdm(pairs, "weights", total, leave=False)
+
+
+def default_dtype(device: torch.device, parameters: int, stored: torch.dtype) -> torch.dtype:
+    """On an accelerator the 16 bits in which the weights are stored, else bfloat16; on a CPU float32, which is faster
+    there, unless it exceeds the free memory."""
+    if device.type != "cpu":
+        return stored if stored.itemsize == 2 else torch.bfloat16
+    try:
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):  # not Linux: count all of the memory, or what most computers have at least
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8e9
+    return torch.float32 if 1.15 * 4 * parameters < free else torch.bfloat16
 
 
 # -- out -------------------------------------------------------------------------------------------------------------

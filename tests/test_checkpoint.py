@@ -3,7 +3,6 @@
     python -m pytest tests/test_checkpoint.py      # the comparison with transformers is tests/compare_transformers.py
 """
 
-import itertools
 import json
 import os
 import subprocess
@@ -578,35 +577,6 @@ def test_peak_memory(tmp_path, model, kind, source, target):
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 0.9 < float(done.stdout) < 1.15, done.stdout
-
-
-class Fence:
-    """Stands for a GPU's event; the buffer may be written to again only once it has been waited for."""
-
-    def __init__(self):
-        self.busy, self.waited = False, 0
-
-    def record(self):
-        assert not self.busy
-        self.busy = True
-
-    def synchronize(self):
-        self.waited += self.busy
-        self.busy = False
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float32])
-@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (7, 9), (64, 4)])
-def test_carried_in_pieces(dtype, shape):
-    """Guards against: a piece lost, doubled or in another's place, a buffer filled again before it has been fetched."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).mul(50).to(dtype)
-    fences = [Fence(), Fence()]
-    buffers = itertools.cycle((torch.zeros(24, dtype=torch.uint8), fence) for fence in fences)
-    y = checkpoint.carry(x, torch.device("cpu"), buffers)
-    assert y.dtype == dtype and y.data_ptr() != x.data_ptr() or not x.numel()
-    torch.testing.assert_close(y, x, rtol=0, atol=0)
-    pieces = -(-x.nbytes // 24)
-    assert sum(fence.waited for fence in fences) == max(0, pieces - 2)
 
 
 # -- CLIP by itself --------------------------------------------------------------------------------------------------

@@ -1,0 +1,44 @@
+"""Weight files: read in groups, and carried to a GPU in pieces. What is refused, and every layout: test_checkpoint.py."""
+
+import itertools
+
+import pytest
+import torch
+
+import files
+
+
+@pytest.mark.parametrize("limit, expected", [(1, ["a", "b", "c", "d"]), (5, ["ab", "c", "d"]), (10**6, ["abcd"])])
+def test_groups(limit, expected):
+    """Guards against: a tensor that is in no group, or in two; groups that grow far beyond the limit."""
+    sizes = {"a": 4, "b": 4, "c": 9, "d": 1}
+    assert ["".join(group) for group in files.groups(sizes, limit)] == expected
+
+
+class Fence:
+    """Stands for a GPU's event; the buffer may be written to again only once it has been waited for."""
+
+    def __init__(self):
+        self.busy, self.waited = False, 0
+
+    def record(self):
+        assert not self.busy
+        self.busy = True
+
+    def synchronize(self):
+        self.waited += self.busy
+        self.busy = False
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float32])
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (7, 9), (64, 4)])
+def test_carried_in_pieces(dtype, shape):
+    """Guards against: a piece lost, doubled or in another's place, a buffer filled again before it has been fetched."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).mul(50).to(dtype)
+    fences = [Fence(), Fence()]
+    buffers = itertools.cycle((torch.zeros(24, dtype=torch.uint8), fence) for fence in fences)
+    y = files.carry(x, torch.device("cpu"), buffers)
+    assert y.dtype == dtype and y.data_ptr() != x.data_ptr() or not x.numel()
+    torch.testing.assert_close(y, x, rtol=0, atol=0)
+    pieces = -(-x.nbytes // 24)
+    assert sum(fence.waited for fence in fences) == max(0, pieces - 2)
