@@ -81,8 +81,8 @@ class KVCache:
 
     def update(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         """Write k, v (B, K, T, D) into `slots` (T,); return all of the layer's, (B, K, S, D) each."""
-        self.k[layer].index_copy_(2, slots, k)
-        self.v[layer].index_copy_(2, slots, v)
+        self.k[layer].index_copy_(2, slots, k.to(self.k.dtype))  # under autocast theirs is another one
+        self.v[layer].index_copy_(2, slots, v.to(self.v.dtype))
         return self.k[layer], self.v[layer]
 
     def continued(self, length: int, start: torch.Tensor, slots: int) -> "KVCache":
@@ -125,6 +125,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
+def side_by_side(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
+    """x through each of the layers. Quantised ones may want it in another form, which is made once."""
+    x = layers[0].prepare(x) if hasattr(layers[0], "prepare") else x
+    return [layer(x) for layer in layers]
+
+
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
@@ -137,9 +143,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None, slots=None) -> torch.Tensor:
         B, T, C = x.size()
-        q = self.q_proj(x).view(B, T, -1, self.head_width).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_width).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_width).transpose(1, 2)  # (B, K, T, D)
+        projected = side_by_side(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.view(B, T, -1, self.head_width).transpose(1, 2) for y in projected)  # (B, H or K, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             kept = cache.update(self.layer, slots, k, v)
@@ -157,7 +162,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp, config.width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
+        gate, up = side_by_side(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)  # SwiGLU
 
 
 class Block(nn.Module):

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -86,12 +87,17 @@ class Int8Linear(nn.Module):
             elif self.weight.data_ptr() % 64:  # a file is mapped to any place
                 self.weight = self.weight.clone()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = rows_of(x)
+    def prepare(self, x: torch.Tensor) -> "torch.Tensor | Whole":
+        """What `forward` takes instead of x, too, so that layers with the same input need not each make it anew."""
+        return whole(x) if self.packed else x
+
+    def forward(self, x: "torch.Tensor | Whole") -> torch.Tensor:
         if self.packed:
+            x = x if isinstance(x, Whole) else whole(x)
             product = opaque_product if torch.compiler.is_compiling() else whole_product
-            y = product(rows, self.weight, self.scale)
-        elif x.device.type == "cpu" and len(rows) < FEW and x.size(-1) % 32 == 0:  # reads beyond the end of others
+            return product(x.q, x.size, self.weight, self.scale).to(x.dtype).unflatten(0, x.shape)
+        rows = rows_of(x)
+        if x.device.type == "cpu" and len(rows) < FEW and x.size(-1) % 32 == 0:  # reads beyond the end of others
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16())
         else:
             kind = product_type(x)
@@ -99,22 +105,34 @@ class Int8Linear(nn.Module):
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
-def whole_product(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x (rows, in) -> (rows, out) in float32. x, too, becomes whole numbers: a coarse one and, for what is left, a fine
-    one, which keep 15 bits of it together; so the only sums are of whole numbers, and exact."""
-    size = x.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-30) / 127  # (rows, 1)
-    x = x / size  # -127 … 127
-    coarse = x.round()
-    both = coarse, x.sub_(coarse).mul_(254)
-    q = torch.cat([part.add_(128).round_().to(torch.uint8) for part in both])  # (2 rows, in); 128 stands for 0
+class Whole(NamedTuple):
+    """x (…, in) in whole numbers: a coarse one and, for what is left, a fine one, which keep 15 bits of it together."""
+
+    q: torch.Tensor  # (2 rows, in), all the coarse ones first; 128 stands for 0
+    size: torch.Tensor  # (rows, 1), of a coarse step
+    dtype: torch.dtype  # x's
+    shape: tuple[int, ...]  # x's, but for its last
+
+
+def whole(x: torch.Tensor) -> Whole:
+    rows = rows_of(x)
+    size = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-30) / 127
+    fine = rows / size  # -127 … 127
+    coarse = fine.round()
+    both = coarse, fine.sub_(coarse).mul_(254)
+    return Whole(torch.cat([part.add_(128).round_().to(torch.uint8) for part in both]), size, x.dtype, x.shape[:-1])
+
+
+def whole_product(q: torch.Tensor, size: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """q (2 rows, in), size (rows, 1) -> (rows, out) in float32. The only sums are of whole numbers, and exact."""
     zero = torch.zeros_like(scale, dtype=torch.int32)
     y = torch.ops.onednn.qlinear_pointwise(q, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
-    return y[: len(x)].add_(y[len(x) :], alpha=1 / 254).mul_(size)
+    return y[: len(size)].add_(y[len(size) :], alpha=1 / 254).mul_(size)
 
 
 # torch.compile does not look into an operator; what is within this one, Inductor knows from other models' patterns only.
 opaque_product = torch.library.custom_op("vipllava::whole_product", whole_product, mutates_args=())
-opaque_product.register_fake(lambda x, packed, scale: x.new_empty(len(x), len(scale), dtype=torch.float32))
+opaque_product.register_fake(lambda q, size, packed, scale: size.new_empty(len(size), len(scale)))
 
 
 @cache
@@ -122,7 +140,8 @@ def multiplies_whole_numbers() -> bool:
     """Has this CPU instructions that add products of 8 bits in 32? With older ones sums are cut off at 16."""
     x, weight = torch.full((1, 512), 127.0), torch.full((512, 512), 127, dtype=torch.int8)
     try:
-        y = whole_product(x, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(512))
+        q, size, *_ = whole(x)
+        y = whole_product(q, size, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(512))
     except (AttributeError, RuntimeError):  # PyTorch was built without oneDNN
         return False
     return bool((y == 512 * 127 * 127).all())

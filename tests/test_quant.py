@@ -20,7 +20,7 @@ from chat import IMAGE
 from clip import VisionConfig
 from commandline import run
 from generate import generate
-from llama import LlamaConfig
+from llama import LlamaConfig, side_by_side
 from quant import GROUP, SCHEMES, HalfLinear, Int4Linear, Int8Linear
 from vipllava import ViPLLaVA, ViPLLaVAConfig
 
@@ -109,6 +109,20 @@ def test_whole_numbers_keep_fifteen_bits():
     assert ((y - x.double() @ weight.T).abs() <= 1.01 * limit + 1e-6 * y.abs()).all()
     compiled = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scheme", ["", *SCHEMES])
+def test_layers_side_by_side_share_what_is_prepared(scheme, monkeypatch):
+    """Guards against: an input made ready for each layer anew, and one that layers without such a form can't take."""
+    weights = [weight_of(128, 256), weight_of(192, 256)]
+    layers = [layer_of(scheme, weight) if scheme else torch.nn.Linear(256, len(weight)) for weight in weights]
+    quant.pack(torch.nn.ModuleList(layers))
+    x, calls, whole = torch.randn(2, 3, 256), [], quant.whole
+    alone = [layer(x) for layer in layers]
+    monkeypatch.setattr(quant, "whole", lambda x: calls.append(1) or whole(x))
+    for y, expected in zip(side_by_side(x, *layers), alone, strict=True):
+        assert torch.equal(y, expected)
+    assert len(calls) == (scheme == "int8" and layers[0].packed)
 
 
 def test_a_layout_that_is_not_known_is_left_to_its_kernel():
