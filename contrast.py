@@ -33,6 +33,7 @@ from data.batches import Example, Micro
 from data.scenes import (OBJECT_COLORS, SHAPES, UNLIKE, Object, Scene, caption, cell, generator_for, marked_scene, render,
                          sample_scene, tell)  # fmt: skip
 from overlay import COLORS, KINDS, Marker, Region, draw, phrase, sample_marker
+from parallel import lowered
 from tokenizer import CLIPTokenizer
 from vipllava import IGNORE
 
@@ -211,7 +212,7 @@ class Contrast(nn.Module):
         self.model, self.low = model, low
 
     def forward(self, ids: torch.Tensor, labels: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(pixels.device.type, self.low, enabled=self.low != torch.float32):
+        with lowered(pixels.device, self.low):
             own, all, patches = fits(self.model, ids, labels, pixels)
         diagonal = torch.arange(len(all), device=all.device)
         whose = (F.cross_entropy(all, diagonal) + F.cross_entropy(all.T, diagonal)) / 2

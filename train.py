@@ -50,7 +50,7 @@ from data.batches import SCENES, Examples, Micro, RecordSource, SceneSource, bat
 from data.records import Records
 from evals.benchmark import answer
 from evals.scenes import evaluate
-from parallel import Objective, Place, find_place, gradients, spread
+from parallel import Objective, Place, find_place, gradients, lowered, spread
 from tokenizer import Tokenizer
 from vipllava import ViPLLaVA, ViPLLaVAConfig
 
@@ -235,9 +235,8 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
     journal = Journal(out, place.rank == 0, first, habits, place, task.flops)
     steps = batches(task.data, recipe.batch, recipe.seed, first, recipe.steps, micro=habits.micro, rank=place.rank,
                     world=place.world, workers=habits.workers, pin=place.device.type == "cuda")  # fmt: skip
-    casting = functools.partial(torch.autocast, place.device.type, low, enabled=low != torch.float32)
     if measure and first == 0 and task.measure_first:
-        with casting():
+        with lowered(place.device, low):
             journal.measure(0, lambda: measure(model.eval()))
     for step, (micros, bad) in enumerate(steps, first):
         if bad and not habits.skip_bad:
@@ -247,7 +246,7 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
         done = step + 1
         journal.step(done, recipe, micros, loss, norm)
         if measure and (done % habits.eval_every == 0 or done == recipe.steps):
-            with casting():
+            with lowered(place.device, low):
                 journal.measure(done, lambda: measure(model.eval()))
         stop = place.most(bool(stopping))  # on any of the processes: all stop after the same step
         if done % habits.save_every == 0 or done == recipe.steps or stop:
@@ -415,7 +414,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="of several processes (ddp)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the decoder's blocks")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of decoder and image tower")
     parser.add_argument("--recompute", action="store_true", help="activations of the decoder's blocks: less memory")
     parser.add_argument("--skip-bad", action="store_true", help="count and list bad records instead of stopping")
     parser.add_argument("--plot", action="store_true", help="draw loss.png")
@@ -471,6 +470,7 @@ def main(argv: list[str]) -> None:
     if recipe.train == "lora" and not args.model:
         raise ValueError("an adapter has no base; expected --model")
     place = find_place(args.device)
+    torch.set_flush_denormal(True)  # a CPU works through numbers next to zero at a hundredth of its speed
     low = getattr(torch, args.precision or ("bfloat16" if place.device.type == "cuda" else "float32"))
     base = str(Path(args.model).resolve()) if args.model and Path(args.model).is_dir() else args.model or ""
     make = contrast_task if recipe.train == "contrast" else answer_task
@@ -515,7 +515,8 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
     for block in model.llama.layers:
         if args.recompute:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-        if args.compile:
+    if args.compile:
+        for block in (*model.vision.layers, *model.llama.layers):
             block.compile()
     measure = None
     if args.parallel == "fsdp":  # no process has the whole model

@@ -91,7 +91,7 @@ def our_step(args: argparse.Namespace, folder: str) -> Callable[[], float]:
     model, _ = checkpoint.load(folder, args.device, low)
     freeze(model, recipe, low)
     if args.compile:
-        for block in model.llama.layers:
+        for block in (*model.vision.layers, *model.llama.layers):
             block.compile()
     objective = Objective(model, low, several=False)
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe), fused=True)

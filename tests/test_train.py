@@ -390,6 +390,26 @@ def test_memory_for_time_and_bits(flags, close, base, tmp_path):
     assert calls if "--recompute" in flags else other != plain
 
 
+def test_all_of_a_model_in_16_bits(base, tmp_path):
+    """Guards against: weights of 32 bits whose answers, measured on the way, are computed in 16 and do not fit the cache."""
+    argv = ["tiny-markers", "--model", str(base), "--data", "markers", "--steps", "2", *FLAGS, "--eval-every", "1", "--out"]
+    main([*argv, str(tmp_path / "wide")])
+    main([*argv, str(tmp_path / "low"), "--precision", "bfloat16"])
+    wide, low = losses(tmp_path / "wide"), losses(tmp_path / "low")
+    assert low != wide and all(abs(low[k][0] / wide[k][0] - 1) < 0.02 for k in wide)
+    assert [line["step"] for line in log(tmp_path / "low") if "accuracy" in line] == [1, 2]
+
+
+def test_what_is_lowered():
+    """Guards against: attention in 16 bits on a CPU, where its gradient is slow, and all else left in 32."""
+    x, cpu = torch.ones(1, 2, 4, 8), torch.device("cpu")
+    for low in (torch.float32, torch.bfloat16):
+        with train.lowered(cpu, low):
+            assert torch.nn.functional.linear(x, torch.ones(8, 8)).dtype == low
+            assert torch.nn.functional.scaled_dot_product_attention(x.to(low), x, x).dtype == torch.float32
+    assert torch.nn.functional.linear(x, torch.ones(8, 8)).dtype == torch.float32
+
+
 def test_plain_captions_have_no_question(mine, tmp_path):
     """Guards against stage 1 on questions: its template shows the image, and the answer is all that is said."""
     recipe = Recipe("markers", steps=1, side=64)
