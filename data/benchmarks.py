@@ -272,6 +272,17 @@ def sample(kind: str, generator: np.random.Generator, size: tuple[int, int]) -> 
     return Sample(partial(render, made.scene), markers, turns)
 
 
+def spelled(kind: str, generator: np.random.Generator, size: tuple[int, int]) -> Sample:
+    """A choice twice: first the right option in words, with its letter, then the letter alone, as the benchmark wants
+    it. Asked for letters only, a small model stays at chance for tens of thousands of questions."""
+    choice = sample(kind, generator, size)
+    (turn,) = choice.turns
+    question, _, request = turn.question.rpartition("\n")
+    words = re.search(rf"^{turn.answer}\. (.*)$", question, re.MULTILINE)[1]
+    first = Turn(f"{question}\nAnswer with the option in words, and its letter.", f"{words.rstrip('.')}: {turn.answer}", image=True)
+    return replace(choice, turns=(first, replace(turn, image=False)))
+
+
 def file_name(official: str, split: str) -> str:
     """The name of a benchmark's file: the official one is of the split that is tested on."""
     return official if split == "test" else re.sub("(test|val)$", split, official)

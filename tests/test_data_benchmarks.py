@@ -1,5 +1,6 @@
 """The small world's benchmarks: truths worked out again from pixels and from what the records say."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -176,3 +177,15 @@ def test_a_mistake_is_one_line(flags, words, tmp_path, capsys):
     """Guards against tracebacks and half a folder."""
     assert run(benchmarks.main, [str(tmp_path / "out"), *flags]) == 2
     assert words in (err := capsys.readouterr().err) and err.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["v7w", "vcr-choice"])
+def test_a_choice_is_spelled_out_before_its_letter_is_asked_for(kind):
+    """Guards against words of one option with the letter of another, and a second question that is not the benchmark's."""
+    for i in range(30):
+        (plain,) = benchmarks.sample(kind, scenes.generator_for("val", 0, i), (96, 96)).turns
+        first, second = benchmarks.spelled(kind, scenes.generator_for("val", 0, i), (96, 96)).turns
+        assert second == dataclasses.replace(plain, image=False) and first.image
+        words, letter = first.answer.split(": ")
+        assert letter == plain.answer and plain.question.splitlines()[1:] != first.question.splitlines()[1:]
+        assert any(line.rstrip(".") == f"{letter}. {words}" for line in plain.question.splitlines())
