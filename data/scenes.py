@@ -166,7 +166,8 @@ def _place(generator, size, n):
     """(size name, center, radius) for n objects in n cells, no two in each other's reach.
 
     Each failed try pulls the centers nearer to the middles of their cells; every other one makes a large object
-    small. Small objects in the middles always fit ((REACH + 1) x 0.13 < 1/3), so the last try cannot fail.
+    small, and the last but one all that are left. Small objects in the middles always fit ((REACH + 1) x 0.13 < 1/3),
+    so the last try cannot fail.
     """
     width, height = size
     cells = generator.permutation(9)[:n].tolist()
@@ -183,7 +184,9 @@ def _place(generator, size, n):
         if all(math.dist(a, b) > REACH * max(r, s) + min(r, s)
                for i, (_, a, r) in enumerate(places) for _, b, s in places[:i]):
             return places
-        if patience % 2 and True in large:
+        if patience == 1:
+            large = [False] * n
+        elif patience % 2 and True in large:
             large[large.index(True)] = False
     raise AssertionError(f"{n} small objects in the middles of their cells did not fit: {places}")
 

@@ -4,13 +4,15 @@
     python -m data.write houses OUT -n 200                 a task to fine-tune on, in our own format
     python -m data.write sheet sheet.png                   twelve samples with their questions, to look at
     python -m data.write example examples/scene.png        one fixed scene, and
-    python -m data.write markers examples/markers.png      the eight markers on it
+    python -m data.write rich examples/rich.png            another, with textures, a letter and digits
+    python -m data.write markers examples/markers.png      the eight markers on the first
 """
 import contextlib
 import json
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from textwrap import wrap
 
@@ -114,6 +116,19 @@ def example_scene() -> Scene:
     return Scene((448, 448), objects, Background("gradient", ((112, 118, 132), (160, 150, 142)), (0.2, 0.3)))
 
 
+def rich_scene() -> Scene:
+    """A fixed scene for all that may be asked: 448 x 448, textures, a letter, digits, and two of a shape."""
+    objects = (make_object("star", "red", "large", (100, 96), 70, 0.1),
+               make_object("circle", "yellow", "large", (330, 90), 66),
+               make_object("ring", "green", "small", (215, 225), 54),
+               make_object("square", "blue", "large", (92, 350), 66, -0.1),
+               make_object("star", "purple", "small", (236, 372), 52, -0.2),
+               make_object("bar", "orange", "large", (362, 330), 68, 0.2))
+    dress = ({"text": "K"}, {"text": "4"}, {"texture": "striped"}, {"text": "3"}, {}, {"texture": "dotted"})
+    objects = tuple(replace(thing, **more) for thing, more in zip(objects, dress))
+    return Scene((448, 448), objects, Background("flat", ((138, 136, 130), (138, 136, 130))))
+
+
 def eight_markers(path: str | Path, side: int = 224) -> None:
     """The fixed scene eight times, each time with another marker on its heart, and the words that point at it."""
     scene, generator = example_scene(), generator_for("val", 0, 3)
@@ -143,6 +158,7 @@ def main(argv: list[str]) -> None:
     command.add_argument("-n", type=int, default=200, help="records to train on, and as many to test (200)")
     pictures = {"sheet": ("twelve samples to look at", sheet),
                 "example": ("one fixed scene", lambda path: render(example_scene()).save(path)),
+                "rich": ("another", lambda path: render(rich_scene()).save(path)),
                 "markers": ("the eight markers on it", eight_markers)}
     for name, (text, _) in pictures.items():
         commands.add_parser(name, help=text).add_argument("out", help="the image to write, such as out.png")
