@@ -94,6 +94,8 @@ class Lab:
     plan: Plan
     out: Path
     side: int
+    low: torch.dtype = torch.float32  # in which variants and CLIPs are trained
+    compile: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -129,7 +131,8 @@ class Lab:
 
         def make():
             model, folder = start(self.model, variant.layers, seed), self.out / "runs" / name
-            teach(model, Lessons(lessons, states, variant, self.tokenizer, model.config), Course(self.plan.steps), seed, folder)
+            course = Course(self.plan.steps, low=self.low, compile=self.compile)
+            teach(model, Lessons(lessons, states, variant, self.tokenizer, model.config), course, seed, folder)
             found = then(model.eval())
             shutil.rmtree(folder)
             return found
@@ -275,7 +278,7 @@ def _clip(lab: Lab, name: str, config: VisionConfig) -> dict:
     model.to(device)
     pairs = contrast.Pairs(tokenize, config, 0, lab.side)
     recipe = replace(train.read_recipe("tiny-clip"), steps=lab.plan.clip_steps)
-    task = train.Task(contrast.Contrast(model, torch.float32), pairs, publish=lambda state: None)
+    task = train.Task(contrast.Contrast(model, lab.low), pairs, publish=lambda state: None)
     train.train(task, recipe, folder, name, Place(device, 0, 1), train.Habits(log_every=200, keep=1))
     table = probes.table(model.vision_model.eval(), lab.plan.probed, 0, lab.side)["kind"]
     best = max(range(len(table["accuracy"])), key=table["accuracy"].__getitem__)
@@ -301,6 +304,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="the shape of every figure only")
     parser.add_argument("--side", type=int, default=224, help="of a scene, in pixels (224)")
     parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of training (float32)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile what is trained")
     for name, value in asdict(Plan()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=partial(train.at_least, 1), help=f"({value})")
     args = parser.parse_args(argv)
@@ -311,9 +316,11 @@ def main(argv: list[str]) -> None:
                          f"{2 * len(KINDS)} exercises, 128 probed scenes and a side of 32")  # fmt: skip
     out = args.out or Path("runs/quick" if args.quick else "runs/experiments")
     model, tokenizer = checkpoint.load(args.model, check_device(args.device), torch.float32)
-    about = {"model": args.model, "weights": digest(model), "side": args.side, **asdict(plan)}
+    about = {"model": args.model, "weights": digest(model), "side": args.side, "precision": args.precision, **asdict(plan)}
+    del about["seeds"]  # more of them may come later
     refuse_another(out, about)
-    lab = Lab(model, tokenizer, plan, out, args.side)
+    torch.set_flush_denormal(True)  # as train.py does
+    lab = Lab(model, tokenizer, plan, out, args.side, getattr(torch, args.precision), args.compile)
     for name in EXPERIMENTS if args.experiment == "all" else [args.experiment]:
         rows = []
         for said in EXPERIMENTS[name](lab):

@@ -189,6 +189,8 @@ class Course:
     steps: int
     batch: int = 32
     lr: float = 1e-3
+    low: torch.dtype = torch.float32  # in which is computed
+    compile: bool = False
 
 
 def teach(model: ViPLLaVA, lessons: Lessons, course: Course, seed: int, out: Path) -> None:
@@ -196,9 +198,12 @@ def teach(model: ViPLLaVA, lessons: Lessons, course: Course, seed: int, out: Pat
     recipe = train.Recipe(data=lessons.variant.name, train="language", steps=course.steps, batch=course.batch,
                           lr=course.lr, seed=seed)  # fmt: skip
     train.freeze(model, recipe, torch.float32)
+    if course.compile:
+        for block in model.llama.layers:
+            block.compile()
     place = Place(model.llama.embed_tokens.weight.device, 0, 1)
     habits = train.Habits(log_every=max(1, course.steps // 4), keep=1)
-    task = train.Task(Objective(model, torch.float32, False), lessons, publish=lambda state: None)
+    task = train.Task(Objective(model, course.low, False), lessons, publish=lambda state: None)
     train.train(task, recipe, out, lessons.variant.name, place, habits)
 
 
