@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import images, records, speed, training
+from bench import bits, images, records, speed, training
 from commandline import run
 
 
@@ -42,3 +42,11 @@ def test_images(capsys):
     """Guards against a benchmark that has rotted."""
     assert run(images.main, ["--repeat", "1"]) == 0
     assert len(json.loads(capsys.readouterr().out.splitlines()[-1])) == 9
+
+
+def test_bits(capsys):
+    """Guards against a benchmark that has rotted, and against bits in the wrong order: fewer cost more."""
+    assert run(bits.main, ["--size", "tiny", "--tokens", "32", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 1e-4 < found["int8"]["error"] < found["int4"]["error"] < 0.3 and found["bfloat16"]["error"] < 0.02
+    assert run(bits.main, ["--tokens", "1"]) == 2
