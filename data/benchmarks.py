@@ -169,8 +169,10 @@ def _relate(generator, scene, things):
 
 
 def _tell(generator, scene, things):
-    looks = (look_of(thing) for thing in scene.objects)
-    return scene, "What is the object <obj>? Describe the image, too.", "<AND>".join(looks)
+    """The marked one first, then the others as one reads: an order that cannot be known cannot be learned."""
+    others = (thing for thing in scenes.reading_order(scene) if thing is not things[0])
+    looks = "<AND>".join(map(look_of, (things[0], *others)))
+    return scene, "What is the object <obj>? Describe the image, too.", looks
 
 
 def bearing(scene: Scene, signs: dict[Object, str]) -> Scene:

@@ -306,8 +306,12 @@ def caption(scene: Scene, marked: Iterable[tuple[Object, str]] = ()) -> str:
     """Every object in reading order, its position first: a model can say where to look before it looks there. Of the
     pairs (object, phrase) in `marked` the object is said to be "within the red rectangle", and so on."""
     words = {id(thing): said for thing, said in marked}
-    things = sorted(scene.objects, key=lambda thing: (*cell(scene, thing), thing.center[0]))
-    return " ".join(f"{position(scene, thing)}: {tell(thing, words.get(id(thing)))}." for thing in things)
+    told = ((thing, tell(thing, words.get(id(thing)))) for thing in reading_order(scene))
+    return " ".join(f"{position(scene, thing)}: {text}." for thing, text in told)
+
+
+def reading_order(scene: Scene) -> list[Object]:
+    return sorted(scene.objects, key=lambda thing: (*cell(scene, thing), thing.center[0]))
 
 
 def tell(thing: Object, marked: str | None = None) -> str:
