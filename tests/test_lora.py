@@ -75,7 +75,7 @@ def test_merged_and_unmerged_agree(base):
     learn(lora.add(model, rank=3, alpha=6))
     apart = logits(model)
     assert relative(apart, before) > 0.1
-    assert relative(logits(lora.merge(model)), apart) < 1e-5 and not lora.adapters(model)
+    assert relative(logits(lora.merge(model)), apart) < 1e-4 and not lora.adapters(model)
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in load(base).named_parameters()}
 
 
