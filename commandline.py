@@ -35,6 +35,17 @@ def check_device(name: str | None) -> torch.device:
     return torch.device(device)
 
 
+def at_least(low: int, text: str) -> int:
+    """A flag's whole number, of `low` or more: partial(at_least, 1) is a type for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} came; expected a whole number") from None
+    if value < low:
+        raise argparse.ArgumentTypeError(f"{value} came; expected {low} or more")
+    return value
+
+
 def complain(error: Exception) -> None:
     """One line, whatever bytes a file's name has."""
     line = f"error: {' '.join(str(error).split())}"

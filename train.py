@@ -19,13 +19,9 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import math
-import os
 import signal
 import sys
-import time
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +30,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.utils.checkpoint
-from PIL import Image, ImageDraw
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import Dataset
 
@@ -43,86 +38,19 @@ import contrast
 import llama
 import lora
 import states
-from chat import HUMAN, TEMPLATES
-from commandline import Parser, run
+from chat import HUMAN
+from commandline import Parser, at_least, run
 from data import scenes
 from data.batches import SCENES, Examples, Micro, RecordSource, SceneSource, batches, parse_mix, text_sample
 from data.records import Records
 from evals.benchmark import answer
 from evals.scenes import evaluate
+from journal import Journal, plot
 from parallel import Objective, Place, find_place, gradients, lowered, spread
+from recipe import RECIPES, TRAINED, Habits, Recipe, read_recipe, schedule
 from tokenizer import Tokenizer
 from vipllava import ViPLLaVA, ViPLLaVAConfig
 
-TRAINED = {  # what may be trained: the beginnings of the parameters' names
-    "all": ("",),
-    "language": ("projector.", "llama."),
-    "projector": ("projector.",),
-    "lora": ("projector.",),  # and what lora.py adds
-    "contrast": ("",),  # both towers of a CLIP, see contrast.py
-}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides what a run computes; every field is a flag of the command line."""
-
-    data: str = ""  # files of records, a,b.json; or scenes and their shares, such as markers=3,captions=1
-    train: str = "all"  # one of TRAINED
-    epochs: float = 1.0  # over the records
-    steps: int = 0  # 0: as many as the epochs have
-    batch: int = 32  # samples a step, over all processes; on a plateau more steps help more than larger ones
-    lr: float = 1e-3  # the peak: linear warm-up, then a cosine to zero
-    projector_lr: float = 0.0  # 0: lr
-    warmup: float = 0.03  # of the steps
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0  # largest norm of the gradient
-    template: str = ""  # of the prompts; "": the model's, "plain": answers alone, without questions
-    length: int = 2048  # tokens of a sample, its image included; more is a bad record
-    rank: int = 128  # of LoRA
-    alpha: float = 256.0
-    targets: str = ",".join(lora.TARGETS)
-    side: int = 224  # of a scene, in pixels
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, choices in (("train", TRAINED), ("template", ("", *TEMPLATES))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(filter(None, choices))}")
-        lows = {"steps": 0, "batch": 1, "side": 32, "seed": 0, "weight_decay": 0, "projector_lr": 0, "length": 1, "rank": 1}
-        for name, low in lows.items():
-            if not low <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected {low} or more")
-        for name in ("lr", "grad_clip", "epochs", "alpha"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup is {self.warmup}; expected a part of the steps, 0 to 1")
-
-
-RECIPES = {path.stem: path for path in sorted((Path(__file__).resolve().parent / "recipes").glob("*.toml"))}
-
-
-def read_recipe(name: str) -> Recipe:
-    """One of RECIPES, or a .toml file with some of Recipe's fields. ValueError: there is none, or a field is wrong."""
-    path = RECIPES.get(name, Path(name))
-    if path.suffix != ".toml" or not path.is_file():
-        raise ValueError(f"no recipe {name}; expected one of {', '.join(RECIPES)}, or a .toml file")
-    try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} can't be read as TOML: {error}") from None
-    types = {field.name: field.type for field in dataclasses.fields(Recipe)}
-    for key, value in given.items():
-        kind = types.get(key)
-        if kind is None:
-            raise ValueError(f"{path}: there is no field {key!r}; expected some of {', '.join(types)}")
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-            raise ValueError(f"{path}: {key} is {value!r}; expected {KIND_NAMES[kind]}")
-    return Recipe(**given)
-
-
-KIND_NAMES = {str: "a text", int: "a whole number", float: "a number"}
 TINY = ViPLLaVAConfig(
     vision=contrast.VISION,
     text=llama.SIZES["tiny"],
@@ -167,30 +95,7 @@ def summary(model: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def schedule(step: int, recipe: Recipe) -> float:
-    """The learning rate in parts of its peak."""
-    warm = max(1, round(recipe.warmup * recipe.steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))
-
-
 # -- the loop --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Habits:
-    """How often, how fast and how loud; nothing of it changes what is learned."""
-
-    log_every: int = 50
-    eval_every: int = 500
-    save_every: int = 250
-    keep: int = 2
-    workers: int = 0
-    micro: int = 0
-    skip_bad: bool = False
-    plot: bool = False
-    peak_tflops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -285,72 +190,6 @@ def flops_per_token(model: ViPLLaVA) -> float:
     return sum(p.numel() * (6 if p.requires_grad else 4) for p in weights)
 
 
-class Journal:
-    """A line now and then, the same as JSON in log.jsonl, and each process's bad records in bad-0.txt, bad-1.txt, …"""
-
-    def __init__(self, out: Path, speaks: bool, first: int, habits: Habits, place: Place, flops: float):
-        self.out, self.speaks, self.habits, self.place, self.flops = out, speaks, habits, place, flops
-        self.began, self.samples, self.tokens, self.skipped = time.perf_counter(), 0, 0, 0
-        if speaks and (out / "log.jsonl").is_file():  # steps after the state that is taken up will be told again
-            lines = [line for line in open(out / "log.jsonl") if line.endswith("\n")]  # the last may be half a one
-            kept = [line for line in lines if first and json.loads(line)["step"] <= first]
-            (out / "log.jsonl.part").write_text("".join(kept))
-            os.replace(out / "log.jsonl.part", out / "log.jsonl")
-
-    def bad(self, records: list) -> None:
-        self.skipped += len(records)
-        if records:
-            with open(self.out / f"bad-{self.place.rank}.txt", "a") as file:
-                file.writelines(f"{record}\n" for record in records)
-
-    def step(self, done: int, recipe: Recipe, micros: list[Micro], loss: float, norm: float) -> None:
-        self.samples += sum(len(micro.names) for micro in micros)
-        self.tokens += sum(micro.ids.numel() for micro in micros)
-        if done % self.habits.log_every and done != recipe.steps:
-            return
-        samples, tokens, skipped = (self.place.sum(x) for x in (self.samples, self.tokens, self.skipped))
-        seconds = time.perf_counter() - self.began
-        said = {"step": done, "loss": loss, "lr": recipe.lr * schedule(done - 1, recipe), "norm": norm,
-                "samples/s": samples / seconds, "tokens/s": tokens / seconds}  # fmt: skip
-        if self.habits.peak_tflops:
-            said["MFU"] = self.flops * tokens / seconds / (1e12 * self.habits.peak_tflops * self.place.world)
-        if skipped:
-            said["bad"] = int(skipped)
-        said["min left"] = (recipe.steps - done) * recipe.batch / max(samples / seconds, 1e-9) / 60
-        self.report(**said)
-        self.began, self.samples, self.tokens = time.perf_counter(), 0, 0
-
-    def report(self, **said) -> None:
-        said = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in said.items()}
-        if self.speaks:
-            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in said.items()), flush=True)
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(said) + "\n")
-
-    def measure(self, done: int, accuracy: Callable) -> None:
-        """Report accuracy(); the time that it takes is not counted as training."""
-        began = time.perf_counter()
-        self.report(step=done, accuracy=accuracy())
-        self.began += time.perf_counter() - began
-
-
-def plot(out: Path, width: int = 640, height: int = 360) -> None:
-    """loss.png: the loss of every line of the log over the steps, the scale logarithmic."""
-    points = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    points = [(p["step"], p["loss"]) for p in points if p.get("loss", 0) > 0]
-    if len(points) < 2:
-        return
-    last, low, high = points[-1][0], min(v for _, v in points), max(v for _, v in points)
-    scale = math.log(high / low) or 1.0
-    image = Image.new("RGB", (width, height), "white")
-    pen, (x0, y0, x1, y1) = ImageDraw.Draw(image), (60, 10, width - 10, height - 30)
-    pen.rectangle((x0, y0, x1, y1), outline="black")
-    pen.line([(x0 + (x1 - x0) * step / last, y1 - (y1 - y0) * math.log(v / low) / scale) for step, v in points], fill="blue")
-    for text, place in ((f"{high:.3g}", (8, y0)), (f"{low:.3g}", (8, y1 - 12)), (f"step {last}", (x1 - 70, y1 + 8))):
-        pen.text(place, text, fill="black")
-    image.save(out / "loss.png")
-
-
 def held_out_scenes(model: ViPLLaVA, tokenizer: Tokenizer, recipe: Recipe, n: int = 256) -> dict[str, float]:
     """Exact matches on held-out scenes, by kind of marker; of whole captions, where a run trains on nothing else."""
     source = "captions" if parse_mix(recipe.data)[0] == ["captions"] else "markers"
@@ -430,16 +269,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         number = functools.partial(at_least, low)
         parser.add_argument(f"--{name}", type=number, default=default, help=f"{text} ({default})")
     return parser.parse_args(argv)
-
-
-def at_least(low: int, text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} came; expected a whole number") from None
-    if value < low:
-        raise argparse.ArgumentTypeError(f"{value} came; expected {low} or more")
-    return value
 
 
 def find_source(recipe: Recipe, images: Path):

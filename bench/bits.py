@@ -18,10 +18,9 @@ import torch
 import torch.nn as nn
 
 from bench.training import SIZES
-from commandline import Parser, check_device, run
+from commandline import Parser, at_least, check_device, run
 from llama import Block, LlamaConfig, RMSNorm, rope_table
 from quant import SCHEMES
-from train import at_least
 
 
 def lowered(module: nn.Module, precision: str) -> nn.Module:

@@ -33,8 +33,9 @@ from chat import IMAGE
 from clip import VisionConfig
 from commandline import Parser, check_device, run
 from parallel import Objective
+from recipe import TRAINED, Recipe, read_recipe
 from tokenizer import Tokenizer
-from train import TINY, TRAINED, Recipe, flops_per_token, freeze, parameter_groups, read_recipe
+from train import TINY, flops_per_token, freeze, parameter_groups
 from vipllava import ViPLLaVA, ViPLLaVAConfig
 
 SIZES = {

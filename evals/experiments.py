@@ -38,7 +38,7 @@ import checkpoint
 import contrast
 import train
 from clip import VisionConfig
-from commandline import Parser, check_device, run
+from commandline import Parser, at_least, check_device, run
 from data.records import Sample
 from data.scenes import generator_for
 from evals import figures, probes, trials
@@ -46,6 +46,7 @@ from evals.benchmark import answer, interval, interval_of_mean, replace_file
 from evals.variants import Course, Lessons, States, Variant, by_coordinates, examine, exercise, lesson, start, teach
 from overlay import KINDS
 from parallel import Place
+from recipe import Habits, read_recipe
 from tokenizer import Tokenizer
 from vipllava import ViPLLaVA
 
@@ -277,9 +278,9 @@ def _clip(lab: Lab, name: str, config: VisionConfig) -> dict:
     model, tokenize = contrast.tiny_clip(0, config)
     model.to(device)
     pairs = contrast.Pairs(tokenize, config, 0, lab.side)
-    recipe = replace(train.read_recipe("tiny-clip"), steps=lab.plan.clip_steps)
+    recipe = replace(read_recipe("tiny-clip"), steps=lab.plan.clip_steps)
     task = train.Task(contrast.Contrast(model, lab.low), pairs, publish=lambda state: None)
-    train.train(task, recipe, folder, name, Place(device, 0, 1), train.Habits(log_every=200, keep=1))
+    train.train(task, recipe, folder, name, Place(device, 0, 1), Habits(log_every=200, keep=1))
     table = probes.table(model.vision_model.eval(), lab.plan.probed, 0, lab.side)["kind"]
     best = max(range(len(table["accuracy"])), key=table["accuracy"].__getitem__)
     low, high = table["interval"][best]
@@ -307,7 +308,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of training (float32)")
     parser.add_argument("--compile", action="store_true", help="torch.compile what is trained")
     for name, value in asdict(Plan()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=partial(train.at_least, 1), help=f"({value})")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=partial(at_least, 1), help=f"({value})")
     args = parser.parse_args(argv)
     given = {name: getattr(args, name) for name in asdict(Plan()) if getattr(args, name) is not None}
     plan = Plan(**{**asdict(QUICK if args.quick else Plan()), **given})

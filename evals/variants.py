@@ -30,6 +30,7 @@ from data.scenes import Object, Scene, describe, marked_scene, position, render
 from evals.benchmark import complete, replace_file
 from overlay import Marker, draw, phrase
 from parallel import Objective, Place
+from recipe import Habits, Recipe
 from tokenizer import Tokenizer
 from vipllava import ViPLLaVA
 
@@ -195,14 +196,14 @@ class Course:
 
 def teach(model: ViPLLaVA, lessons: Lessons, course: Course, seed: int, out: Path) -> None:
     """Train projector and language model; a run that was cut goes on, one that is over is loaded."""
-    recipe = train.Recipe(data=lessons.variant.name, train="language", steps=course.steps, batch=course.batch,
+    recipe = Recipe(data=lessons.variant.name, train="language", steps=course.steps, batch=course.batch,
                           lr=course.lr, seed=seed)  # fmt: skip
     train.freeze(model, recipe, torch.float32)
     if course.compile:
         for block in model.llama.layers:
             block.compile()
     place = Place(model.llama.embed_tokens.weight.device, 0, 1)
-    habits = train.Habits(log_every=max(1, course.steps // 4), keep=1)
+    habits = Habits(log_every=max(1, course.steps // 4), keep=1)
     task = train.Task(Objective(model, course.low, False), lessons, publish=lambda state: None)
     train.train(task, recipe, out, lessons.variant.name, place, habits)
 

@@ -14,7 +14,8 @@ from data import questions, scenes
 from data.batches import POOL, Examples, RecordSource, SceneSource, batches, collate, encode, parse_mix
 from data.records import BadRecord
 from llama import LlamaConfig
-from train import Recipe, tiny_model
+from recipe import Recipe
+from train import tiny_model
 from vipllava import IGNORE, ViPLLaVAConfig
 
 

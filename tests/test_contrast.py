@@ -16,7 +16,8 @@ from contrast import Contrast, Pairs, Told, caption_of, captioned, falsify, held
 from data.scenes import TEXTURES, generator_for, marked_scene, sample_scene
 from overlay import phrase
 from tokenizer import CLIPTokenizer
-from train import Recipe, main, take_tower, tiny_model
+from recipe import Recipe
+from train import main, take_tower, tiny_model
 from vipllava import IGNORE
 
 FLAGS = ["--batch", "4", "--log-every", "1", "--device", "cpu", "--side", "64"]

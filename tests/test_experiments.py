@@ -20,7 +20,8 @@ from evals.variants import (Course, Lessons, States, Stored, Variant, by_coordin
                             start, teach)  # fmt: skip
 from llama import LlamaConfig
 from overlay import KINDS, draw, phrase
-from train import Recipe, tiny_model
+from recipe import Recipe
+from train import tiny_model
 from vipllava import IGNORE, ViPLLaVAConfig
 
 SIZE = (64, 64)

@@ -23,9 +23,12 @@ from conftest import one_line
 from data import questions, scenes
 from data.batches import Examples, SceneSource, collate, encode
 from evals.scenes import answer
+from journal import Journal
 from kill_training import kill
 from llama import LlamaConfig
-from train import Place, Recipe, freeze, gradients, main, schedule, tiny_model
+from parallel import Place, gradients
+from recipe import RECIPES, Habits, Recipe, read_recipe, schedule
+from train import freeze, main, tiny_model
 from vipllava import IGNORE, ViPLLaVA, ViPLLaVAConfig
 
 ROOT = Path(train.__file__).parent
@@ -125,7 +128,7 @@ def test_what_is_trained_moves_and_nothing_else(kind, tmp_path):
     freeze(model, recipe, torch.float32)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     source, place = SceneSource("markers", 0, 64), Place(torch.device("cpu"))
-    train.train(task_of(model, tokenizer, source), recipe, tmp_path, "base", place, train.Habits())
+    train.train(task_of(model, tokenizer, source), recipe, tmp_path, "base", place, Habits())
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
     yes, no = TRAINED[kind]
@@ -187,7 +190,7 @@ def test_a_loss_that_is_no_number_names_its_samples(tmp_path, monkeypatch):
         model.projector.linear_1.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"the loss is nan .* at step 0, on scene \d+, scene \d+; lower --lr"):
         task = task_of(model, tokenizer, SceneSource("markers", 0, 64))
-        train.train(task, recipe, tmp_path, "", Place(torch.device("cpu")), train.Habits())
+        train.train(task, recipe, tmp_path, "", Place(torch.device("cpu")), Habits())
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------
@@ -206,17 +209,17 @@ def test_a_stopped_run_continues_exactly(tmp_path, monkeypatch, capsys):
     command = ["tiny-markers", "--steps", "8", "--save-every", "100", *FLAGS, "--out"]
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     main([*command, str(tmp_path / "whole")])
-    step = train.Journal.step
+    step = Journal.step
 
     def stop_at_5(self, done, *rest):
         step(self, done, *rest)
         if done == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train.Journal, "step", stop_at_5)
+    monkeypatch.setattr(Journal, "step", stop_at_5)
     with pytest.raises(SystemExit, match="stopped after step 5 of 8"):
         main([*command, str(tmp_path / "cut")])
-    monkeypatch.setattr(train.Journal, "step", step)
+    monkeypatch.setattr(Journal, "step", step)
     main([*command, str(tmp_path / "cut")])
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert "resumed" in capsys.readouterr().out and losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -334,7 +337,7 @@ def test_the_rate_does_not_count_the_time_of_a_measurement(tmp_path, monkeypatch
     """Guards against samples of before a measurement over the seconds since: a rate that doubles, or one that halves."""
     now = [0.0]
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
-    journal = train.Journal(tmp_path, True, 0, train.Habits(log_every=2), Place(torch.device("cpu")), 1.0)
+    journal = Journal(tmp_path, True, 0, Habits(log_every=2), Place(torch.device("cpu")), 1.0)
     micro, recipe = SimpleNamespace(names=["a"] * 8, ids=torch.zeros(8, 5)), Recipe("markers", steps=4)
 
     def slow():
@@ -434,10 +437,10 @@ def test_bad_records_stop_or_are_listed(base, mine, tmp_path):
 
 def test_recipes_are_the_paper_s():
     """Guards against a changed hyperparameter: learning rates and batches are those of the paper's appendix."""
-    said = {name: (r.train, r.lr, r.batch) for name, r in ((name, train.read_recipe(name)) for name in train.RECIPES)}
+    said = {name: (r.train, r.lr, r.batch) for name, r in ((name, read_recipe(name)) for name in RECIPES)}
     assert said["stage1"] == ("projector", 1e-3, 256) and said["stage2"] == ("language", 2e-5, 128)
     assert said["stage3"] == ("language", 2e-7, 128) and said["lora"] == ("lora", 2e-4, 128)
-    lora_recipe = train.read_recipe("lora")
+    lora_recipe = read_recipe("lora")
     assert (lora_recipe.rank, lora_recipe.alpha, lora_recipe.projector_lr, lora_recipe.epochs) == (128, 256, 2e-5, 1)
 
 
@@ -450,11 +453,11 @@ def test_a_recipe_of_one_s_own(text, words, tmp_path):
     """Guards against fields that are passed over, and values that another type is made of."""
     (tmp_path / "mine.toml").write_text(text)
     if words is None:
-        recipe = train.read_recipe(str(tmp_path / "mine.toml"))
+        recipe = read_recipe(str(tmp_path / "mine.toml"))
         assert (recipe.lr, recipe.steps, recipe.alpha) == ((0.1, 3, 256.0) if "lr" in text else (1e-3, 0, 3))
         return
     with pytest.raises(ValueError) as error:
-        train.read_recipe(str(tmp_path / "mine.toml"))
+        read_recipe(str(tmp_path / "mine.toml"))
     assert words in one_line(error)
 
 

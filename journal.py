@@ -1,0 +1,85 @@
+"""What a training run says: a line now and then, its log, and a picture of the loss.
+
+    step 100  loss 1.019  lr 0.000159  norm 4.01  samples/s 61.9  tokens/s 1.49e+04  min left 85.3
+
+The same as JSON is in RUN/log.jsonl, where a run that is taken up again goes on from the state that it starts with.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from data.batches import Micro
+from parallel import Place
+from recipe import Habits, Recipe, schedule
+
+
+class Journal:
+    """A line now and then, the same as JSON in log.jsonl, and each process's bad records in bad-0.txt, bad-1.txt, …"""
+
+    def __init__(self, out: Path, speaks: bool, first: int, habits: Habits, place: Place, flops: float):
+        self.out, self.speaks, self.habits, self.place, self.flops = out, speaks, habits, place, flops
+        self.began, self.samples, self.tokens, self.skipped = time.perf_counter(), 0, 0, 0
+        if speaks and (out / "log.jsonl").is_file():  # steps after the state that is taken up will be told again
+            lines = [line for line in open(out / "log.jsonl") if line.endswith("\n")]  # the last may be half a one
+            kept = [line for line in lines if first and json.loads(line)["step"] <= first]
+            (out / "log.jsonl.part").write_text("".join(kept))
+            os.replace(out / "log.jsonl.part", out / "log.jsonl")
+
+    def bad(self, records: list) -> None:
+        self.skipped += len(records)
+        if records:
+            with open(self.out / f"bad-{self.place.rank}.txt", "a") as file:
+                file.writelines(f"{record}\n" for record in records)
+
+    def step(self, done: int, recipe: Recipe, micros: list[Micro], loss: float, norm: float) -> None:
+        self.samples += sum(len(micro.names) for micro in micros)
+        self.tokens += sum(micro.ids.numel() for micro in micros)
+        if done % self.habits.log_every and done != recipe.steps:
+            return
+        samples, tokens, skipped = (self.place.sum(x) for x in (self.samples, self.tokens, self.skipped))
+        seconds = time.perf_counter() - self.began
+        said = {"step": done, "loss": loss, "lr": recipe.lr * schedule(done - 1, recipe), "norm": norm,
+                "samples/s": samples / seconds, "tokens/s": tokens / seconds}  # fmt: skip
+        if self.habits.peak_tflops:
+            said["MFU"] = self.flops * tokens / seconds / (1e12 * self.habits.peak_tflops * self.place.world)
+        if skipped:
+            said["bad"] = int(skipped)
+        said["min left"] = (recipe.steps - done) * recipe.batch / max(samples / seconds, 1e-9) / 60
+        self.report(**said)
+        self.began, self.samples, self.tokens = time.perf_counter(), 0, 0
+
+    def report(self, **said) -> None:
+        said = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in said.items()}
+        if self.speaks:
+            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in said.items()), flush=True)
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(said) + "\n")
+
+    def measure(self, done: int, accuracy: Callable) -> None:
+        """Report accuracy(); the time that it takes is not counted as training."""
+        began = time.perf_counter()
+        self.report(step=done, accuracy=accuracy())
+        self.began += time.perf_counter() - began
+
+
+def plot(out: Path, width: int = 640, height: int = 360) -> None:
+    """loss.png: the loss of every line of the log over the steps, the scale logarithmic."""
+    points = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    points = [(p["step"], p["loss"]) for p in points if p.get("loss", 0) > 0]
+    if len(points) < 2:
+        return
+    last, low, high = points[-1][0], min(v for _, v in points), max(v for _, v in points)
+    scale = math.log(high / low) or 1.0
+    image = Image.new("RGB", (width, height), "white")
+    pen, (x0, y0, x1, y1) = ImageDraw.Draw(image), (60, 10, width - 10, height - 30)
+    pen.rectangle((x0, y0, x1, y1), outline="black")
+    pen.line([(x0 + (x1 - x0) * step / last, y1 - (y1 - y0) * math.log(v / low) / scale) for step, v in points], fill="blue")
+    for text, place in ((f"{high:.3g}", (8, y0)), (f"{low:.3g}", (8, y1 - 12)), (f"step {last}", (x1 - 70, y1 + 8))):
+        pen.text(place, text, fill="black")
+    image.save(out / "loss.png")
