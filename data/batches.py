@@ -33,7 +33,7 @@ def text_sample(generator: np.random.Generator, size: tuple[int, int]) -> Sample
     caption stands in the picture's place, so that there is something to read the answer from."""
     if generator.random() < 0.5:
         return questions.told_sample(generator, size)
-    names = [name for name in SCENES if name != "texts" and not name.endswith("-spelled")]
+    names = [name for name in SCENES if name != "texts" and name not in DRILLS]
     first, *others = SCENES[names[generator.integers(len(names))]](generator, size).turns
     return Sample(None, (), (replace(first, image=False), *others))
 
@@ -49,8 +49,12 @@ SCENES = {
     # what the official data sets ask: v7w, pointQA_twice, vcr, refcocog, vg_rel, flickr30k
     **{kind: functools.partial(benchmarks.sample, kind) for kind in (*benchmarks.KINDS, "vcr-choice")},
     "vip-bench": benchmarks.vip_sample,
-    **{f"{kind}-spelled": functools.partial(benchmarks.spelled, kind) for kind in ("v7w", "vcr-choice")},
 }
+DRILLS = {  # of what is hard a part: a choice spelled out, one of ViP-Bench's capabilities
+    **{f"{kind}-spelled": functools.partial(benchmarks.spelled, kind) for kind in ("v7w", "vcr-choice")},
+    **{f"vip-{name}": functools.partial(benchmarks.vip_sample, capability=name) for name in benchmarks.CAPABILITIES},
+}
+SCENES |= DRILLS
 POOL = 8  # batches
 
 

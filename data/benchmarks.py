@@ -190,6 +190,7 @@ TASKS = (  # how it is asked, how many things are marked, of which shapes, and t
     (_relate, 2, tuple(scenes.SHAPES), ("rec", "rel")),
     (_tell, 1, tuple(scenes.SHAPES), ("rec", "lang")),
 )
+CAPABILITIES = tuple(takes[-1] for *_, takes in TASKS)  # the last is what a task is there for
 MARKED_BY = {"bbox": ("rectangle",), "human": ("ellipse", "scribble", "arrow")}  # by tight boxes, as if by hand
 
 
@@ -218,9 +219,10 @@ def vip_bench(folder: Path, n: int, split: str, seed: int, side: int) -> None:
         (folder / by / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
 
 
-def vip_sample(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
-    """One for training, with markers of all kinds; of several right answers the first."""
-    task = int(generator.integers(len(TASKS)))
+def vip_sample(generator: np.random.Generator, size: tuple[int, int], capability: str | None = None) -> Sample:
+    """One for training, with markers of all kinds; of several right answers the first. capability: the one it is there
+    for; None: any."""
+    task = CAPABILITIES.index(capability) if capability else int(generator.integers(len(TASKS)))
     scene, _, marked, question, truth = _vip_item(generator, task, size[0], {"any": MARKERS})
     answer = truth.split("<OR>")[0].replace("<AND>", ", ")
     turn = Turn(_fill_in(question, marked["any"]), answer, image=True)

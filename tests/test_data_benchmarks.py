@@ -9,6 +9,7 @@ from PIL import Image
 
 from commandline import run
 from data import benchmarks, scenes
+from data.batches import SCENES
 from data.readers import LETTER
 from data.scenes import OBJECT_COLORS, SHAPES
 from overlay import phrase
@@ -123,6 +124,20 @@ def test_vip_bench_is_trained_as_it_is_asked():
         if "sum" in turn.question:
             assert 2 <= int(turn.answer) <= 18 and len(sample.markers) == 2
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize("capability, words", [("rec", "What is"), ("ocr", "letter"), ("know", "corners"), ("math", "sum"),
+                                               ("rel", "related"), ("lang", "Describe")])  # fmt: skip
+def test_one_capability_alone(capability, words):
+    """Guards against a capability that asks another one's questions, and descriptions in an order that nobody knows."""
+    for i in range(8):
+        sample = SCENES[f"vip-{capability}"](scenes.generator_for("train", 0, i), (64, 64))
+        assert words in sample.turns[0].question
+        if capability == "lang":
+            (scene,) = sample.open.args
+            marked, *others = sample.turns[0].answer.split(", ")
+            assert [look for look in map(scenes.look_of, scenes.reading_order(scene)) if look != marked] == \
+                   [look for look in others if look != marked]
 
 
 def test_vip_bench_has_six_capabilities_and_two_splits(world):
