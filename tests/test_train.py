@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import checkpoint
+import journal
 import lora
 import states
 import train
@@ -23,7 +24,6 @@ from conftest import one_line
 from data import questions, scenes
 from data.batches import Examples, SceneSource, collate, encode
 from evals.scenes import answer
-from journal import Journal
 from kill_training import kill
 from llama import LlamaConfig
 from parallel import Place, gradients
@@ -209,17 +209,17 @@ def test_a_stopped_run_continues_exactly(tmp_path, monkeypatch, capsys):
     command = ["tiny-markers", "--steps", "8", "--save-every", "100", *FLAGS, "--out"]
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     main([*command, str(tmp_path / "whole")])
-    step = Journal.step
+    step = journal.Journal.step
 
     def stop_at_5(self, done, *rest):
         step(self, done, *rest)
         if done == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Journal, "step", stop_at_5)
+    monkeypatch.setattr(journal.Journal, "step", stop_at_5)
     with pytest.raises(SystemExit, match="stopped after step 5 of 8"):
         main([*command, str(tmp_path / "cut")])
-    monkeypatch.setattr(Journal, "step", step)
+    monkeypatch.setattr(journal.Journal, "step", step)
     main([*command, str(tmp_path / "cut")])
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert "resumed" in capsys.readouterr().out and losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -336,8 +336,8 @@ def test_somebody_elses_model_is_refused_before_training(tmp_path):
 def test_the_rate_does_not_count_the_time_of_a_measurement(tmp_path, monkeypatch):
     """Guards against samples of before a measurement over the seconds since: a rate that doubles, or one that halves."""
     now = [0.0]
-    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
-    journal = Journal(tmp_path, True, 0, Habits(log_every=2), Place(torch.device("cpu")), 1.0)
+    monkeypatch.setattr(journal.time, "perf_counter", lambda: now[0])
+    book = journal.Journal(tmp_path, True, 0, Habits(log_every=2), Place(torch.device("cpu")), 1.0)
     micro, recipe = SimpleNamespace(names=["a"] * 8, ids=torch.zeros(8, 5)), Recipe("markers", steps=4)
 
     def slow():
@@ -346,8 +346,8 @@ def test_the_rate_does_not_count_the_time_of_a_measurement(tmp_path, monkeypatch
 
     for done in (1, 2):
         now[0] += 2
-        journal.step(done, recipe, [micro], 1.0, 1.0)
-        journal.measure(done, slow)
+        book.step(done, recipe, [micro], 1.0, 1.0)
+        book.measure(done, slow)
     assert [line["samples/s"] for line in log(tmp_path) if "loss" in line] == [4.0]
 
 
