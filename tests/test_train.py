@@ -272,7 +272,7 @@ def test_two_processes_give_the_curve_of_one(parallel, mine, curves_of_one, tmp_
     one has an image and the other has none; in one of the steps on "mine" no sample has any."""
     for name, (one, weights) in curves_of_one.items():
         two, other = curve(name, mine, tmp_path / name, "--parallel", parallel, processes=2)
-        error = max(abs(two[step][0] - one[step][0]) / one[step][0] for step in one)
+        error = max(abs(two[step][0] - one[step][0]) / max(one[step][0], 1) for step in one)  # a small loss is not more exact
         assert error < 1e-5, (name, error)
         assert all((weights[key] - other[key]).abs().max() < 1e-4 for key in weights)
 
