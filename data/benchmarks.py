@@ -30,12 +30,13 @@ import numpy as np
 from chat import Turn
 from commandline import Parser, run
 from data import scenes
+from data.readers import TRIPLET
 from data.records import Sample, annotate
 from data.scenes import (DIGITS, LETTERED, LETTERS, SPLITS, Object, Scene, describe, is_clear, look_of, position, relation,
                          render, sample_scene)  # fmt: skip
 from data.write import flat, staged
+from overlay import CONSTANT, RELEASED, draw, phrase
 from overlay import KINDS as MARKERS
-from overlay import draw, phrase
 
 CORNERS = {"square": 4, "bar": 4, "hourglass": 6, "bolt": 6, "star": 10, "cross": 12}
 
@@ -87,6 +88,11 @@ WAYS = {  # the answer, and its reason
 }
 
 
+def way_of(a: Object, b: Object) -> str:
+    """One of WAYS: how the first lies to the second."""
+    return next(way for way in WAYS if f" is {way} the " in relation(a, b))
+
+
 def _clear_pair(generator: np.random.Generator, side: int) -> tuple[Scene, int, int, str]:
     """A scene, two of its objects by their numbers, and how the first lies to the second."""
     while True:
@@ -95,8 +101,7 @@ def _clear_pair(generator: np.random.Generator, side: int) -> tuple[Scene, int, 
                  if a != b and is_clear(one, other)]  # fmt: skip
         if pairs:
             a, b = pairs[generator.integers(len(pairs))]
-            said = relation(scene.objects[a], scene.objects[b])
-            return scene, a, b, next(way for way in WAYS if f" is {way} the " in said)
+            return scene, a, b, way_of(scene.objects[a], scene.objects[b])
 
 
 def vcr(generator: np.random.Generator, side: int) -> Made:
@@ -285,6 +290,38 @@ def spelled(kind: str, generator: np.random.Generator, size: tuple[int, int]) ->
     words = re.search(rf"^{turn.answer}\. (.*)$", question, re.MULTILINE)[1]
     first = Turn(f"{question}\nAnswer with the option in words, and its letter.", f"{words.rstrip('.')}: {turn.answer}", image=True)
     return replace(choice, turns=(first, replace(turn, image=False)))
+
+
+def told_apart(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
+    """Two to four marked things: what each is, which of them is meant, how two lie to each other. A dialogue of many
+    short answers teaches the eye what single questions, of a letter or a triplet, ask of it all at once."""
+    rectangles = generator.random() < 0.5  # all alike but for their colors, as in v7w
+    kinds, distribution = (("rectangle",), CONSTANT) if rectangles else (MARKERS, RELEASED)
+    while True:
+        count = int(generator.integers(2, 5))
+        scene = sample_scene(generator, size, n=int(generator.integers(count, 7)), rich=True)
+        try:
+            things, markers = scenes.sample_markers(generator, scene, count, kinds, distribution)
+            break
+        except scenes.NoMarkerError:
+            continue
+    said, asked = list(map(phrase, markers)), []
+    for thing, words in zip(things, said):
+        which = (f"Which is the {thing.color} {thing.shape}?", f"Which object is at the {position(scene, thing)}?")
+        asked.append((f"What is the object {words}?", look_of(thing)))
+        asked.append((which[generator.integers(2)], f"The object {words}"))
+    for a, b in zip(generator.permutation(count).tolist(), generator.permutation(count).tolist()):
+        if a != b and is_clear(things[a], things[b]):
+            asked += _both_ways(things[a], things[b], said[a], said[b])
+    asked = [asked[k] for k in generator.permutation(len(asked))[:6]]
+    return Sample(partial(render, scene), markers, tuple(Turn(*pair, image=k == 0) for k, pair in enumerate(asked)))
+
+
+def _both_ways(a: Object, b: Object, *words: str) -> list[tuple[str, str]]:
+    """How two marked things lie to each other, as a triplet and in a sentence."""
+    way, where = way_of(a, b), "Where is the object {}, seen from the object {}?"
+    return [(TRIPLET.format(*words), f"({look_of(a)}, {way}, {look_of(b)})"),
+            (where.format(*words), f"The object {words[0]} is {way} the object {words[1]}.")]  # fmt: skip
 
 
 def file_name(official: str, split: str) -> str:

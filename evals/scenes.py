@@ -22,7 +22,7 @@ from data.records import Sample
 from evals.benchmark import answer, interval
 from overlay import KINDS
 
-LEFT_OUT = ("texts", "markers", "bold-markers", "bold-marked", "v7w-spelled", "vcr-choice-spelled", "vip-bench")
+LEFT_OUT = ("texts", "markers", "bold-markers", "bold-marked", "told-apart", "v7w-spelled", "vcr-choice-spelled", "vip-bench")
 TASKS = [name for name in SCENES if name not in LEFT_OUT]  # ViP-Bench is there in its parts
 
 

@@ -1,5 +1,6 @@
 """The small world's benchmarks: truths worked out again from pixels and from what the records say."""
 
+import collections
 import dataclasses
 import json
 
@@ -26,9 +27,9 @@ def load(world, name):
     return json.loads((world / name).read_text())
 
 
-def color_at(world, image, box) -> str:
+def color_at(image: Image.Image, box) -> str:
     """The object's color that most of a box's pixels are nearest to, of those that are near one at all."""
-    pixels = np.asarray(Image.open(world / image).crop(box)).reshape(-1, 1, 3).astype(int)
+    pixels = np.asarray(image.crop(box)).reshape(-1, 1, 3).astype(int)
     distances = np.abs(pixels - np.array(list(OBJECT_COLORS.values()))).max(axis=2)  # (pixels, colors)
     near = distances.argmin(axis=1)[distances.min(axis=1) < 20]
     return list(OBJECT_COLORS)[np.bincount(near).argmax()]
@@ -80,15 +81,15 @@ def test_triplets_and_grounded_captions_are_true(world):
     """Guards against a subject and an object exchanged, and against groups of boxes that other words stand before."""
     for record in load(world, "vg_rel-test.json"):
         (a, b), (subject, way, thing) = record["bboxes"], record["answer"].strip("()").split(", ")
-        assert color_at(world, record["image"], a) == subject.split()[-2], record
-        assert color_at(world, record["image"], b) == thing.split()[-2], record
+        assert color_at(Image.open(world / record["image"]), a) == subject.split()[-2], record
+        assert color_at(Image.open(world / record["image"]), b) == thing.split()[-2], record
         axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[way]
         assert sign * (a[axis] + a[axis + 2] - b[axis] - b[axis + 2]) > 0
     for record in load(world, "flickr30k-test.json"):
         told = record["grounding"].removeprefix("from left to right ").split(", ")
         assert len(told) == len(record["bbox"]) > 1
         for k, (text, (box,)) in enumerate(zip(told, record["bbox"])):
-            assert text.endswith(f" <bbox{k}>") and color_at(world, record["image"], box) == text.split()[-3], record
+            assert text.endswith(f" <bbox{k}>") and color_at(Image.open(world / record["image"]), box) == text.split()[-3], record
         assert [box for (box,) in record["bbox"]] == sorted((box for (box,) in record["bbox"]), key=lambda b: b[0] + b[2])
 
 
@@ -204,3 +205,37 @@ def test_a_choice_is_spelled_out_before_its_letter_is_asked_for(kind):
         words, letter = first.answer.split(": ")
         assert letter == plain.answer and plain.question.splitlines()[1:] != first.question.splitlines()[1:]
         assert any(line.rstrip(".") == f"{letter}. {words}" for line in plain.question.splitlines())
+
+
+def test_marked_things_are_told_apart():
+    """Guards against a marker's words with another thing's look, place or relation: by the pixels in its box."""
+    asked = collections.Counter()
+    for i in range(80):
+        sample = benchmarks.told_apart(scenes.generator_for("val", 0, i), (112, 112))
+        if {marker.kind for marker in sample.markers} != {"rectangle"} or len(sample.markers) < 2:
+            continue
+        boxes = {phrase(marker): np.ravel(marker.points) for marker in sample.markers}
+        color = {words: color_at(sample.image, tuple(box)) for words, box in boxes.items()}
+        center = {words: (box[:2] + box[2:]) / 2 for words, box in boxes.items()}
+        assert len(boxes) == len(sample.markers) and sample.turns[0].image and not any(turn.image for turn in sample.turns[1:])
+        for turn in sample.turns:
+            said = sorted((turn.question.find(words), words) for words in boxes if words in turn.question)
+            if turn.question.startswith("What is"):
+                assert color[said[0][1]] in turn.answer
+            elif turn.question.startswith("Which is"):
+                assert color[turn.answer.removeprefix("The object ")] in turn.question
+            elif turn.question.startswith("Which object is at"):
+                x, y = (3 * center[turn.answer.removeprefix("The object ")] / 112).astype(int)
+                assert f"at the {scenes.POSITIONS[y][x]}?" in turn.question
+            else:
+                (_, first), (_, second) = said
+                x, y = center[first] - center[second]
+                way = ("left of", "right of")[int(x > 0)] if abs(x) > abs(y) else ("above", "below")[int(y > 0)]
+                assert way in turn.answer
+                if turn.question.startswith("Where"):
+                    assert turn.answer == f"The object {first} is {way} the object {second}."
+                else:
+                    one, two = turn.answer.strip("()").split(f", {way}, ")
+                    assert color[first] in one and color[second] in two
+            asked[turn.question.split()[0]] += 1
+    assert min(asked.values()) > 10 and len(asked) == 4, asked
