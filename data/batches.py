@@ -50,8 +50,9 @@ SCENES = {
     **{kind: functools.partial(benchmarks.sample, kind) for kind in (*benchmarks.KINDS, "vcr-choice")},
     "vip-bench": benchmarks.vip_sample,
 }
-DRILLS = {  # of what is hard a part: many marked things, a choice spelled out, one of ViP-Bench's capabilities
+DRILLS = {  # of what is hard a part: many marked things, a count or a choice step by step, one of ViP-Bench's capabilities
     "told-apart": benchmarks.told_apart,
+    "counted": benchmarks.counted,
     **{f"{kind}-spelled": functools.partial(benchmarks.spelled, kind) for kind in ("v7w", "vcr-choice")},
     **{f"vip-{name}": functools.partial(benchmarks.vip_sample, capability=name) for name in benchmarks.CAPABILITIES},
 }

@@ -275,9 +275,11 @@ KINDS = {
 def sample(kind: str, generator: np.random.Generator, size: tuple[int, int]) -> Sample:
     """One of a kind for training, read as its record would be, but nothing touches the disk. "vcr-choice": VCR as its
     evaluation asks."""
-    made = KINDS[kind.split("-")[0]][0](generator, size[0])
-    record = made.named(kind, 0, "")[0]
-    markers, turns = annotate(record, Path(), generator, made.scene.size)
+    return _read(KINDS[kind.split("-")[0]][0](generator, size[0]), kind, generator)
+
+
+def _read(made: Made, kind: str, generator: np.random.Generator) -> Sample:
+    markers, turns = annotate(made.named(kind, 0, "")[0], Path(), generator, made.scene.size)
     return Sample(partial(render, made.scene), markers, turns)
 
 
@@ -290,6 +292,17 @@ def spelled(kind: str, generator: np.random.Generator, size: tuple[int, int]) ->
     words = re.search(rf"^{turn.answer}\. (.*)$", question, re.MULTILINE)[1]
     first = Turn(f"{question}\nAnswer with the option in words, and its letter.", f"{words.rstrip('.')}: {turn.answer}", image=True)
     return replace(choice, turns=(first, replace(turn, image=False)))
+
+
+def counted(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
+    """Look twice, step by step: which shape is marked, where it is seen again, and only then how often."""
+    made = point_qa(generator, size[0])
+    looked = _read(made, "pointQA_twice", generator)
+    (box,), things = made.records[0]["bboxes"], scenes.reading_order(made.scene)
+    shape = next(thing.shape for thing in things if list(thing.box) == box)
+    places = ", ".join(position(made.scene, thing) for thing in things if thing.shape == shape)
+    question = "Which shape is the object within the rectangle, and where are all objects of this shape?"
+    return replace(looked, turns=(Turn(question, f"{shape}: {places}", image=True), replace(looked.turns[0], image=False)))
 
 
 def told_apart(generator: np.random.Generator, size: tuple[int, int]) -> Sample:

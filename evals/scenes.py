@@ -17,13 +17,13 @@ import torch
 import checkpoint
 from commandline import Parser, check_device, run
 from data import questions, scenes
-from data.batches import SCENES
+from data.batches import DRILLS, SCENES
 from data.records import Sample
 from evals.benchmark import answer, interval
 from overlay import KINDS
 
-LEFT_OUT = ("texts", "markers", "bold-markers", "bold-marked", "told-apart", "v7w-spelled", "vcr-choice-spelled", "vip-bench")
-TASKS = [name for name in SCENES if name not in LEFT_OUT]  # ViP-Bench is there in its parts
+LEFT_OUT = ("texts", "markers", "bold-markers", "bold-marked", "vip-bench")  # ViP-Bench is there in its parts
+TASKS = [name for name in SCENES if name not in LEFT_OUT and (name not in DRILLS or name.startswith("vip-"))]
 
 
 def evaluate(model, tokenizer, n: int, *, source="markers", split="test", seed=0, side=224, unmarked=False, batch=50):

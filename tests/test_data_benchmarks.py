@@ -239,3 +239,13 @@ def test_marked_things_are_told_apart():
                     assert color[first] in one and color[second] in two
             asked[turn.question.split()[0]] += 1
     assert min(asked.values()) > 10 and len(asked) == 4, asked
+
+
+def test_a_count_is_told_step_by_step():
+    """Guards against a list of places that does not bear the count out, and a second question that is not the benchmark's."""
+    for i in range(30):
+        (plain,) = benchmarks.sample("pointQA_twice", scenes.generator_for("val", 0, i), (96, 96)).turns
+        first, second = benchmarks.counted(scenes.generator_for("val", 0, i), (96, 96)).turns
+        shape, places = first.answer.split(": ")
+        assert second == dataclasses.replace(plain, image=False) and first.image and shape in SHAPES
+        assert len(set(places.split(", "))) == int(plain.answer) and set(places.split(", ")) <= set(sum(scenes.POSITIONS, ()))
