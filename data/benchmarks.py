@@ -310,14 +310,9 @@ def told_apart(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
     short answers teaches the eye what single questions, of a letter or a triplet, ask of it all at once."""
     rectangles = generator.random() < 0.5  # all alike but for their colors, as in v7w
     kinds, distribution = (("rectangle",), CONSTANT) if rectangles else (MARKERS, RELEASED)
-    while True:
-        count = int(generator.integers(2, 5))
-        scene = sample_scene(generator, size, n=int(generator.integers(count, 7)), rich=True)
-        try:
-            things, markers = scenes.sample_markers(generator, scene, count, kinds, distribution)
-            break
-        except scenes.NoMarkerError:
-            continue
+    count = int(generator.integers(2, 5))
+    drawn = lambda: sample_scene(generator, size, n=int(generator.integers(count, 7)), rich=True)  # noqa: E731
+    scene, things, markers = scenes.until_marked(drawn, generator, count, kinds, distribution)
     said, asked = list(map(phrase, markers)), []
     for thing, words in zip(things, said):
         which = (f"Which is the {thing.color} {thing.shape}?", f"Which object is at the {position(scene, thing)}?")

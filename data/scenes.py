@@ -14,7 +14,7 @@ Two pitfalls. A marker may vanish in what it lies on (a red point on a red star)
 markers in one image must be told apart by their words: their kinds differ, or both have named and unlike colors.
 """
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -387,6 +387,19 @@ def sample_markers(generator: np.random.Generator, scene: Scene, n: int, kinds: 
             raise NoMarkerError(f"no visible {kind} in 1000 tries that differs from {len(markers)} other markers")
         markers.append(marker)
     return tuple(things), tuple(markers)
+
+
+def until_marked(draw: Callable[[], Scene], generator: np.random.Generator, n: int, kinds: Sequence[str] = KINDS,
+                 distribution: Distribution = RELEASED, accept: Callable[..., bool] = lambda *marked: True):
+    """The first scene of draw(), draw(), … that can be marked, and as accept(scene, things, markers) likes it: all three."""
+    while True:
+        scene = draw()
+        try:
+            things, markers = sample_markers(generator, scene, n, kinds, distribution)
+        except NoMarkerError:
+            continue
+        if accept(scene, things, markers):
+            return scene, things, markers
 
 
 def _far(marker, rgb, least, weight=1.0):

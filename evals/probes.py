@@ -29,7 +29,7 @@ from PIL import Image
 import checkpoint
 from clip import CLIPVision, VisionConfig, preprocess
 from commandline import Parser, check_device, run
-from data.scenes import OBJECT_COLORS, SHAPES, NoMarkerError, generator_for, render, sample_markers, sample_scene
+from data.scenes import OBJECT_COLORS, SHAPES, generator_for, render, sample_scene, until_marked
 from evals.benchmark import interval, replace_file
 from overlay import KINDS, Marker, draw
 
@@ -50,13 +50,7 @@ def middle(marker: Marker, size: tuple[int, int]) -> tuple[float, float]:
 def marked_scene(i: int, split: str, seed: int, side: int, kinds: Sequence[str] = KINDS):
     """A marked image, and the number of the right answer to each question; direction: only if it is an arrow."""
     generator, kind = generator_for(split, seed, i), kinds[i % len(kinds)]
-    while True:
-        scene = sample_scene(generator, (side, side))
-        try:
-            (thing,), (marker,) = sample_markers(generator, scene, 1, (kind,))
-            break
-        except NoMarkerError:
-            continue
+    scene, (thing,), (marker,) = until_marked(lambda: sample_scene(generator, (side, side)), generator, 1, (kind,))
     x, y = middle(marker, scene.size)
     truth = {"kind": KINDS.index(kind), "place": (x / side, y / side),
              "color": list(OBJECT_COLORS).index(thing.color), "shape": list(SHAPES).index(thing.shape)}  # fmt: skip

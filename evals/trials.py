@@ -21,8 +21,7 @@ from chat import Turn
 from clip import preprocess
 from contrast import Told, caption_of
 from data.records import Sample
-from data.scenes import (NoMarkerError, Object, Scene, caption, describe, generator_for, render, sample_markers,
-                         sample_scene)  # fmt: skip
+from data.scenes import Object, Scene, caption, describe, generator_for, render, sample_scene, until_marked
 from evals.variants import Lesson, lesson
 from overlay import KINDS, RELEASED, Marker, Region, draw, make_marker, phrase, sample_marker, scale_of
 
@@ -43,14 +42,10 @@ def trial(scene: Scene, thing: Object, marker: Marker, image: Image.Image | None
 
 def one_marked(generator, size, kinds=KINDS, accept=lambda scene, thing, marker: True, n=None, distribution=RELEASED):
     """A scene of n objects (2 to 6 unless told), one of them, and its marker, such that accept(scene, thing, marker)."""
-    while True:
-        scene = sample_scene(generator, size, n or int(generator.integers(2, 7)))
-        try:
-            (thing,), (marker,) = sample_markers(generator, scene, 1, kinds, distribution)
-        except NoMarkerError:
-            continue
-        if accept(scene, thing, marker):
-            return scene, thing, marker
+    draw_scene = lambda: sample_scene(generator, size, n or int(generator.integers(2, 7)))  # noqa: E731
+    fits = lambda scene, things, markers: accept(scene, *things, *markers)  # noqa: E731
+    scene, (thing,), (marker,) = until_marked(draw_scene, generator, 1, kinds, distribution, fits)
+    return scene, thing, marker
 
 
 def of_kind(generator, size, kind: str) -> Trial:
@@ -59,13 +54,8 @@ def of_kind(generator, size, kind: str) -> Trial:
 
 def of_many(generator, size, count: int) -> Trial:
     """Eight things, `count` of them marked; a question about the first."""
-    while True:
-        scene = sample_scene(generator, size, 8)
-        try:
-            things, markers = sample_markers(generator, scene, count)
-        except NoMarkerError:
-            continue
-        return trial(scene, things[0], markers[0], draw(render(scene), markers))
+    scene, things, markers = until_marked(lambda: sample_scene(generator, size, 8), generator, count)
+    return trial(scene, things[0], markers[0], draw(render(scene), markers))
 
 
 # -- attributes beyond the bands of training ---------------------------------------------------------------------------
@@ -240,26 +230,21 @@ def _shrunken(thing: Object, factor: float) -> Object:
 
 def _small(generator, size, level) -> Trial:
     """All objects at `level` percent of their size, and the marker on the small one."""
-    while True:
+
+    def shrunken():
         scene = sample_scene(generator, size)
-        scene = replace(scene, objects=tuple(_shrunken(thing, level / 100) for thing in scene.objects))
-        try:
-            (thing,), (marker,) = sample_markers(generator, scene, 1)
-            return trial(scene, thing, marker)
-        except NoMarkerError:
-            continue
+        return replace(scene, objects=tuple(_shrunken(thing, level / 100) for thing in scene.objects))
+
+    scene, (thing,), (marker,) = until_marked(shrunken, generator, 1)
+    return trial(scene, thing, marker)
 
 
 def _overlapping(generator, size, level) -> Trial:
     """Another object's ellipse grows to `level` percent of its size, over the marker that is asked about."""
-    while True:
-        scene = sample_scene(generator, size, int(generator.integers(2, 7)))
-        try:
-            things, markers = sample_markers(generator, scene, 2, ("rectangle", "arrow", "scribble", "point", "ellipse"))
-        except NoMarkerError:
-            continue
-        if markers[1].kind == "ellipse" != markers[0].kind:
-            break
+    scene, things, markers = until_marked(
+        lambda: sample_scene(generator, size, int(generator.integers(2, 7))), generator, 2,
+        ("rectangle", "arrow", "scribble", "point", "ellipse"),
+        accept=lambda scene, things, markers: markers[1].kind == "ellipse" != markers[0].kind)  # fmt: skip
     (x0, y0), (x1, y1) = markers[1].points
     x, y, grown = (x0 + x1) / 2, (y0 + y1) / 2, level / 100
     points = ((x + grown * (x0 - x), y + grown * (y0 - y)), (x + grown * (x1 - x), y + grown * (y1 - y)))
@@ -295,15 +280,15 @@ CHANCE = {"facts of the caption": 0.0, "number of things": 1 / 5}  # 2 to 6 thin
 
 def described(generator, size, marks: int) -> Trial:
     """The whole scene, to be described, with so many markers on it."""
-    while True:
-        scene = sample_scene(generator, size)
-        if marks > len(scene.objects):
-            continue
-        try:
-            markers = sample_markers(generator, scene, marks)[1] if marks else ()
-        except NoMarkerError:
-            continue
-        return Trial(lambda: render(scene), markers, (Turn("Describe the image.", caption(scene), image=True),), 0.0)
+
+    def enough():
+        while True:
+            scene = sample_scene(generator, size)
+            if len(scene.objects) >= marks:
+                return scene
+
+    scene, _, markers = until_marked(enough, generator, marks) if marks else (enough(), (), ())
+    return Trial(lambda: render(scene), markers, (Turn("Describe the image.", caption(scene), image=True),), 0.0)
 
 
 def _facts(text: str) -> list[str]:
