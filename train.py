@@ -62,8 +62,8 @@ TINY = ViPLLaVAConfig(
 
 
 def freeze(model: ViPLLaVA, recipe: Recipe, low: torch.dtype) -> None:
-    """Parameters that are trained: float32, with gradients. The others: of dtype `low`, without. Those of CLIP's blocks
-    beyond the deepest that is looked at are left as they are: nothing is computed with them."""
+    """Parameters that are trained: float32, with gradients. The others, also those of CLIP's blocks beyond the deepest
+    that is looked at: of dtype `low`, without."""
     deepest = max(i % (model.config.vision.layers + 1) for i in model.config.feature_layers)
     idle = ("vision.post_layernorm.", *(f"vision.layers.{i}." for i in range(deepest, model.config.vision.layers)))
     if recipe.train == "lora":
@@ -72,8 +72,7 @@ def freeze(model: ViPLLaVA, recipe: Recipe, low: torch.dtype) -> None:
     for name, p in model.named_parameters():
         learns = name.startswith(TRAINED[recipe.train]) or ".lora_" in name
         p.requires_grad_(learns and not name.startswith(idle))
-        if not name.startswith(idle):
-            p.data = p.data.to(torch.float32 if p.requires_grad else low)
+        p.data = p.data.to(torch.float32 if p.requires_grad else low)
 
 
 def parameter_groups(model: ViPLLaVA, recipe: Recipe) -> list[dict]:

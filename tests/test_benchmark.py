@@ -30,7 +30,7 @@ KEPT = {"vcr": ("qa", "qar")}  # of the others: answers.jsonl
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world") / "files"
-    benchmarks.write(folder, N, side=112)
+    benchmarks.write(folder, N, seed=4, side=112)  # a seed whose questions get three letters or more
     return folder
 
 
@@ -63,7 +63,7 @@ def test_twice_and_in_batches_the_same(name, world, first_run, tmp_path):
     assert evaluate(name, world, tmp_path, "--batch", "8") == 0
     for file in sorted(path.relative_to(tmp_path) for path in tmp_path.glob("*.json*")):
         assert (tmp_path / file).read_bytes() == (first_run / name / file).read_bytes(), file
-    assert len({text for file in texts(tmp_path, name) for _, text in file}) > 1  # and not because all are alike
+    assert len({text for file in texts(tmp_path, name) for _, text in file}) > 2  # and not because all are alike
 
 
 def test_two_processes_the_same(world, first_run, tmp_path):

@@ -137,16 +137,12 @@ def test_what_is_trained_moves_and_nothing_else(kind, tmp_path):
 
 
 def test_what_is_frozen_is_16_bits_and_what_learns_32():
-    """Guards against small steps lost in bfloat16, against twice the memory for what never changes, and against rounding
-    weights that are only passed on."""
+    """Guards against small steps lost in bfloat16, and against twice the memory for what never changes."""
     recipe = Recipe("markers", train="lora", steps=1, rank=2)
     model, _ = tiny_model(recipe)
     freeze(model, recipe, torch.bfloat16)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    frozen = {name: p.dtype for name, p in model.named_parameters() if not p.requires_grad}
-    idle = {name for name in frozen if name.startswith(("vision.layers.2.", "vision.post_layernorm."))}
-    assert {frozen.pop(name) for name in idle} == {torch.float32}
-    assert set(frozen.values()) == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
 def test_parameter_groups():
