@@ -58,7 +58,7 @@ class Plan:
     """How much is done."""
 
     lessons: int = 12_000  # that a variant learns from
-    steps: int = 600  # of 32 lessons; more of them change little
+    steps: int = 600  # of 32 lessons
     exercises: int = 800  # that a number is counted on
     seeds: int = 3
     probed: int = 4000  # scenes that a probe learns from
