@@ -236,7 +236,7 @@ def dumps(line: dict) -> str:
 
 
 def replace_file(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.part")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")  # two commands may write to one folder
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
 
