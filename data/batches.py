@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from chat import Turn, encode_chat
 from clip import preprocess
-from data import benchmarks, questions, scenes
+from data import benchmarks, drills, questions, scenes
 from data.records import BadRecord, Records, Sample
 from overlay import draw
 from tokenizer import Tokenizer
@@ -50,10 +50,13 @@ SCENES = {
     **{kind: functools.partial(benchmarks.sample, kind) for kind in (*benchmarks.KINDS, "vcr-choice")},
     "vip-bench": benchmarks.vip_sample,
 }
-DRILLS = {  # of what is hard a part: many marked things, a count or a choice step by step, one of ViP-Bench's capabilities
-    "told-apart": benchmarks.told_apart,
-    "counted": benchmarks.counted,
-    **{f"{kind}-spelled": functools.partial(benchmarks.spelled, kind) for kind in ("v7w", "vcr-choice")},
+DRILLS = {  # of what is hard a part, see drills.py; scenes told with textures and signs; one of ViP-Bench's capabilities
+    "rich-captions": functools.partial(questions.caption_sample, rich=True),
+    "told-apart": drills.told_apart,
+    "options": drills.options,
+    "choices": drills.choices,
+    "counted": drills.counted,
+    **{f"{kind}-spelled": functools.partial(drills.spelled, kind) for kind in ("v7w", "vcr-choice")},
     **{f"vip-{name}": functools.partial(benchmarks.vip_sample, capability=name) for name in benchmarks.CAPABILITIES},
 }
 SCENES |= DRILLS

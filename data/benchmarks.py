@@ -30,12 +30,11 @@ import numpy as np
 from chat import Turn
 from commandline import Parser, run
 from data import scenes
-from data.readers import TRIPLET
 from data.records import Sample, annotate
 from data.scenes import (DIGITS, LETTERED, LETTERS, SPLITS, Object, Scene, describe, is_clear, look_of, position, relation,
                          render, sample_scene)  # fmt: skip
 from data.write import flat, staged
-from overlay import CONSTANT, RELEASED, draw, phrase
+from overlay import draw, phrase
 from overlay import KINDS as MARKERS
 
 CORNERS = {"square": 4, "bar": 4, "hourglass": 6, "bolt": 6, "star": 10, "cross": 12}
@@ -275,61 +274,13 @@ KINDS = {
 def sample(kind: str, generator: np.random.Generator, size: tuple[int, int]) -> Sample:
     """One of a kind for training, read as its record would be, but nothing touches the disk. "vcr-choice": VCR as its
     evaluation asks."""
-    return _read(KINDS[kind.split("-")[0]][0](generator, size[0]), kind, generator)
+    return read(KINDS[kind.split("-")[0]][0](generator, size[0]), kind, generator)
 
 
-def _read(made: Made, kind: str, generator: np.random.Generator) -> Sample:
+def read(made: Made, kind: str, generator: np.random.Generator) -> Sample:
+    """What training is shown of it."""
     markers, turns = annotate(made.named(kind, 0, "")[0], Path(), generator, made.scene.size)
     return Sample(partial(render, made.scene), markers, turns)
-
-
-def spelled(kind: str, generator: np.random.Generator, size: tuple[int, int]) -> Sample:
-    """A choice twice: first the right option in words, with its letter, then the letter alone, as the benchmark wants
-    it. Asked for letters only, a small model stays at chance for tens of thousands of questions."""
-    choice = sample(kind, generator, size)
-    (turn,) = choice.turns
-    question, _, request = turn.question.rpartition("\n")
-    words = re.search(rf"^{turn.answer}\. (.*)$", question, re.MULTILINE)[1]
-    first = Turn(f"{question}\nAnswer with the option in words, and its letter.", f"{words.rstrip('.')}: {turn.answer}", image=True)
-    return replace(choice, turns=(first, replace(turn, image=False)))
-
-
-def counted(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
-    """Look twice, step by step: which shape is marked, where it is seen again, and only then how often."""
-    made = point_qa(generator, size[0])
-    looked = _read(made, "pointQA_twice", generator)
-    (box,), things = made.records[0]["bboxes"], scenes.reading_order(made.scene)
-    shape = next(thing.shape for thing in things if list(thing.box) == box)
-    places = ", ".join(position(made.scene, thing) for thing in things if thing.shape == shape)
-    question = "Which shape is the object within the rectangle, and where are all objects of this shape?"
-    return replace(looked, turns=(Turn(question, f"{shape}: {places}", image=True), replace(looked.turns[0], image=False)))
-
-
-def told_apart(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
-    """Two to four marked things: what each is, which of them is meant, how two lie to each other. A dialogue of many
-    short answers teaches the eye what single questions, of a letter or a triplet, ask of it all at once."""
-    rectangles = generator.random() < 0.5  # all alike but for their colors, as in v7w
-    kinds, distribution = (("rectangle",), CONSTANT) if rectangles else (MARKERS, RELEASED)
-    count = int(generator.integers(2, 5))
-    drawn = lambda: sample_scene(generator, size, n=int(generator.integers(count, 7)), rich=True)  # noqa: E731
-    scene, things, markers = scenes.until_marked(drawn, generator, count, kinds, distribution)
-    said, asked = list(map(phrase, markers)), []
-    for thing, words in zip(things, said):
-        which = (f"Which is the {thing.color} {thing.shape}?", f"Which object is at the {position(scene, thing)}?")
-        asked.append((f"What is the object {words}?", look_of(thing)))
-        asked.append((which[generator.integers(2)], f"The object {words}"))
-    for a, b in zip(generator.permutation(count).tolist(), generator.permutation(count).tolist()):
-        if a != b and is_clear(things[a], things[b]):
-            asked += _both_ways(things[a], things[b], said[a], said[b])
-    asked = [asked[k] for k in generator.permutation(len(asked))[:6]]
-    return Sample(partial(render, scene), markers, tuple(Turn(*pair, image=k == 0) for k, pair in enumerate(asked)))
-
-
-def _both_ways(a: Object, b: Object, *words: str) -> list[tuple[str, str]]:
-    """How two marked things lie to each other, as a triplet and in a sentence."""
-    way, where = way_of(a, b), "Where is the object {}, seen from the object {}?"
-    return [(TRIPLET.format(*words), f"({look_of(a)}, {way}, {look_of(b)})"),
-            (where.format(*words), f"The object {words[0]} is {way} the object {words[1]}.")]  # fmt: skip
 
 
 def file_name(official: str, split: str) -> str:

@@ -23,9 +23,9 @@ P_THIS, P_COLOR, P_SHAPE = 0.25, 0.08, 0.08  # "What is this?" (one marker only)
 P_WHERE, P_RELATION, P_DESCRIBE = 0.5, 0.5, 0.15  # further turns: where each is, how two are related, the whole image
 
 
-def caption_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224)) -> Sample:
-    """An image and its caption, nothing asked: the plain template's pair."""
-    scene = sample_scene(generator, size)
+def caption_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224), rich: bool = False) -> Sample:
+    """An image and its caption, nothing asked: the plain template's pair. rich: see scenes.sample_scene."""
+    scene = sample_scene(generator, size, rich=rich)
     return Sample(partial(render, scene), (), (Turn("", caption(scene), image=True),))
 
 

@@ -1,0 +1,134 @@
+"""Drills: what the benchmarks ask in one question comes here in smaller steps, as one letter teaches too little at once.
+
+| drill      | what is asked                                                                     | a step on the way to |
+| ---------- | --------------------------------------------------------------------------------- | -------------------- |
+| told-apart | of two to four marked things: what each is, which one is meant, how two lie       | v7w, vg_rel          |
+| options    | no picture: which of four options says so, by its letter                          | v7w, vcr             |
+| choices    | which of four looks, places, markers or relations, by its letter                  | v7w, vcr             |
+| spelled    | a benchmark's choice in words first, then its letter                              | v7w, vcr             |
+| counted    | which shape is marked, and where it is seen again, before how often               | pointQA              |
+
+Each is a function of a generator and a size in pixels, as in questions.py; train.py's mixes know them by these names.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from chat import Turn
+from data import benchmarks, scenes
+from data.readers import LETTER, TRIPLET
+from data.records import Sample
+from data.scenes import Object, Scene, is_clear, look_of, position, render, sample_scene
+from overlay import COLORS, CONSTANT, KINDS, RELEASED, Marker, phrase
+
+WAYS = list(benchmarks.WAYS)
+SPELL = "Answer with the option in words, and its letter."
+SEEN_FROM = "Where is the object {}, seen from the object {}?"
+
+
+def spelled(kind: str, generator: np.random.Generator, size: tuple[int, int]) -> Sample:
+    """A choice twice: first the right option in words, with its letter, then the letter alone, as the benchmark wants
+    it. Asked for letters only, a small model stays at chance for tens of thousands of questions."""
+    choice = benchmarks.sample(kind, generator, size)
+    (turn,) = choice.turns
+    words = re.search(rf"^{turn.answer}\. (.*)$", turn.question, re.MULTILINE)[1]
+    first = Turn(turn.question.replace(LETTER, SPELL), f"{words.rstrip('.')}: {turn.answer}", image=True)
+    return replace(choice, turns=(first, replace(turn, image=False)))
+
+
+def counted(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
+    """Look twice, step by step: which shape is marked, where it is seen again, and only then how often."""
+    made = benchmarks.point_qa(generator, size[0])
+    looked = benchmarks.read(made, "pointQA_twice", generator)
+    (box,), things = made.records[0]["bboxes"], scenes.reading_order(made.scene)
+    shape = next(thing.shape for thing in things if list(thing.box) == box)
+    places = ", ".join(position(made.scene, thing) for thing in things if thing.shape == shape)
+    question = "Which shape is the object within the rectangle, and where are all objects of this shape?"
+    return replace(looked, turns=(Turn(question, f"{shape}: {places}", image=True), replace(looked.turns[0], image=False)))
+
+
+def _marked(generator: np.random.Generator, size: tuple[int, int], count: int):
+    """A rich scene with `count` marked things: half of the time by rectangles, alike but for their colors, as in v7w."""
+    rectangles = generator.random() < 0.5
+    kinds, distribution = (("rectangle",), CONSTANT) if rectangles else (KINDS, RELEASED)
+    drawn = lambda: sample_scene(generator, size, n=int(generator.integers(count, 7)), rich=True)  # noqa: E731
+    return scenes.until_marked(drawn, generator, count, kinds, distribution)
+
+
+def _dialogue(scene: Scene, markers: Sequence[Marker], asked: Sequence[tuple[str, str]]) -> Sample:
+    return Sample(partial(render, scene), tuple(markers), tuple(Turn(*pair, image=k == 0) for k, pair in enumerate(asked)))
+
+
+def _which(generator: np.random.Generator, scene: Scene, thing: Object) -> str:
+    asked = (f"Which is the {thing.color} {thing.shape}?", f"Which object is at the {position(scene, thing)}?")
+    return asked[generator.integers(2)]
+
+
+def told_apart(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
+    """Two to four marked things: what each is, which of them is meant, how two lie to each other. A dialogue of many
+    short answers teaches the eye what single questions, of a letter or a triplet, ask of it all at once."""
+    count = int(generator.integers(2, 5))
+    scene, things, markers = _marked(generator, size, count)
+    said, asked = list(map(phrase, markers)), []
+    for thing, words in zip(things, said):
+        asked.append((f"What is the object {words}?", look_of(thing)))
+        asked.append((_which(generator, scene, thing), f"The object {words}"))
+    for a, b in zip(generator.permutation(count).tolist(), generator.permutation(count).tolist()):
+        if a != b and is_clear(things[a], things[b]):
+            asked += _both_ways(things[a], things[b], said[a], said[b])
+    return _dialogue(scene, markers, [asked[k] for k in generator.permutation(len(asked))[:6]])
+
+
+def _both_ways(a: Object, b: Object, *words: str) -> list[tuple[str, str]]:
+    """How two marked things lie to each other, as a triplet and in a sentence."""
+    way = benchmarks.way_of(a, b)
+    return [(TRIPLET.format(*words), f"({look_of(a)}, {way}, {look_of(b)})"),
+            (SEEN_FROM.format(*words), f"The object {words[0]} is {way} the object {words[1]}.")]  # fmt: skip
+
+
+def choices(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
+    """A question with four options about four marked things: which look, place, marker or relation, by its letter."""
+    scene, things, markers = _marked(generator, size, 4)
+    (k, other), looks = generator.permutation(4)[:2].tolist(), list(map(look_of, things))
+    words, seen_from = phrase(markers[k]), phrase(markers[other])
+    forms = [
+        (f"What is the object {words}?", looks, k),
+        (f"Where is the object {words}?", [position(scene, thing) for thing in things], k),
+        (_which(generator, scene, things[k]), [f"The object {phrase(marker)}" for marker in markers], k),
+    ]
+    if is_clear(things[k], things[other]):
+        ways = [f"The object {words} is {way} the object {seen_from}." for way in WAYS]
+        forms.append((SEEN_FROM.format(words, seen_from), ways, WAYS.index(benchmarks.way_of(things[k], things[other]))))
+    return _dialogue(scene, markers, [_by_letter(generator, *forms[generator.integers(len(forms))])])
+
+
+def options(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
+    """Without a picture: which of four options says so, or, said first, any of them. Whoever can't find the letter of what
+    is said can't answer by a letter, however well the picture is understood."""
+
+    def four(words: Sequence[str]) -> list[str]:
+        return [words[k] for k in generator.permutation(len(words))[:4].tolist()]
+
+    looks = [f"{color} {shape}" for color, shape in zip(four(list(scenes.OBJECT_COLORS)), four(list(scenes.SHAPES)))]
+    marked = [f"The object within the {color} rectangle" for color in four(list(COLORS))]
+    related = [f"{marked[0]} is {way} the object{marked[1].removeprefix('The object')}" for way in four(WAYS)]
+    told = (looks, marked, related, four(sum(scenes.POSITIONS, ())))[generator.integers(4)]
+    right = int(generator.integers(4))
+    question, answer = _by_letter(generator, f"Which option says {told[right][0].lower()}{told[right][1:]}?", told, right)
+    if len(answer) > 1:  # were it named, the letter could be found without looking at what was said first
+        question = f"Choose any option.\n{question.partition(chr(10))[2]}"
+    return Sample(None, (), (Turn(question, answer),))
+
+
+def _by_letter(generator: np.random.Generator, question: str, options: Sequence[str], right: int) -> tuple[str, str]:
+    """The question with its four options in any order, as benchmarks write them, and the letter of the right one; half of
+    the time the option is to be said first."""
+    order = generator.permutation(4).tolist()
+    told, letter = "\n".join(f"{letter}. {options[k]}" for letter, k in zip("ABCD", order)), "ABCD"[order.index(right)]
+    if generator.random() < 0.5:
+        return f"{question}\n{told}\n{LETTER}", letter
+    return f"{question}\n{told}\n{SPELL}", f"{options[right].rstrip('.')}: {letter}"

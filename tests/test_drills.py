@@ -1,0 +1,138 @@
+"""Drills: what they say is worked out again from pixels, boxes and the benchmarks' own questions."""
+
+import collections
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from data import benchmarks, drills, scenes
+from data.batches import SCENES
+from data.drills import SPELL
+from data.readers import LETTER
+from data.scenes import SHAPES
+from overlay import phrase
+from test_data_benchmarks import color_at
+
+
+@pytest.mark.parametrize("kind", ["v7w", "vcr-choice"])
+def test_a_choice_is_spelled_out_before_its_letter_is_asked_for(kind):
+    """Guards against words of one option with the letter of another, and a second question that is not the benchmark's."""
+    for i in range(30):
+        (plain,) = benchmarks.sample(kind, scenes.generator_for("val", 0, i), (96, 96)).turns
+        first, second = drills.spelled(kind, scenes.generator_for("val", 0, i), (96, 96)).turns
+        assert second == dataclasses.replace(plain, image=False) and first.image
+        words, letter = first.answer.split(": ")
+        assert letter == plain.answer and plain.question.splitlines()[1:] != first.question.splitlines()[1:]
+        assert any(line.rstrip(".") == f"{letter}. {words}" for line in plain.question.splitlines())
+
+
+def test_marked_things_are_told_apart():
+    """Guards against a marker's words with another thing's look, place or relation: by the pixels in its box."""
+    asked = collections.Counter()
+    for i in range(80):
+        sample = drills.told_apart(scenes.generator_for("val", 0, i), (112, 112))
+        if {marker.kind for marker in sample.markers} != {"rectangle"} or len(sample.markers) < 2:
+            continue
+        boxes = {phrase(marker): np.ravel(marker.points) for marker in sample.markers}
+        color = {words: color_at(sample.image, tuple(box)) for words, box in boxes.items()}
+        center = {words: (box[:2] + box[2:]) / 2 for words, box in boxes.items()}
+        assert len(boxes) == len(sample.markers) and sample.turns[0].image and not any(turn.image for turn in sample.turns[1:])
+        for turn in sample.turns:
+            said = sorted((turn.question.find(words), words) for words in boxes if words in turn.question)
+            if turn.question.startswith("What is"):
+                assert color[said[0][1]] in turn.answer
+            elif turn.question.startswith("Which is"):
+                assert color[turn.answer.removeprefix("The object ")] in turn.question
+            elif turn.question.startswith("Which object is at"):
+                x, y = (3 * center[turn.answer.removeprefix("The object ")] / 112).astype(int)
+                assert f"at the {scenes.POSITIONS[y][x]}?" in turn.question
+            else:
+                (_, first), (_, second) = said
+                x, y = center[first] - center[second]
+                way = ("left of", "right of")[int(x > 0)] if abs(x) > abs(y) else ("above", "below")[int(y > 0)]
+                assert way in turn.answer
+                if turn.question.startswith("Where"):
+                    assert turn.answer == f"The object {first} is {way} the object {second}."
+                else:
+                    one, two = turn.answer.strip("()").split(f", {way}, ")
+                    assert color[first] in one and color[second] in two
+            asked[turn.question.split()[0]] += 1
+    assert min(asked.values()) > 10 and len(asked) == 4, asked
+
+
+def test_a_count_is_told_step_by_step():
+    """Guards against a list of places that does not bear the count out, and a second question that is not the benchmark's."""
+    for i in range(30):
+        (plain,) = benchmarks.sample("pointQA_twice", scenes.generator_for("val", 0, i), (96, 96)).turns
+        first, second = drills.counted(scenes.generator_for("val", 0, i), (96, 96)).turns
+        shape, places = first.answer.split(": ")
+        assert second == dataclasses.replace(plain, image=False) and first.image and shape in SHAPES
+        assert len(set(places.split(", "))) == int(plain.answer) and set(places.split(", ")) <= set(sum(scenes.POSITIONS, ()))
+
+
+def chosen(turn) -> tuple[str, list[str], str]:
+    """A question, its four options, and the one whose letter is the answer, or its end."""
+    question, *options, request = turn.question.splitlines()
+    assert request == (LETTER if turn.answer in "ABCD" else SPELL) and [option[:3] for option in options] == ["A. ", "B. ", "C. ", "D. "]
+    options = [option[3:] for option in options]
+    right = options["ABCD".index(turn.answer[-1])]
+    assert len(set(options)) == 4 and turn.answer in ("A", "B", "C", "D", f"{right.rstrip('.')}: {turn.answer[-1]}")
+    return question, options, right
+
+
+def test_a_letter_stands_for_the_right_one_of_four_options():
+    """Guards against a letter of another option: looks, places, markers and relations are worked out from the pixels."""
+    asked, letters = collections.Counter(), collections.Counter()
+    for i in range(400):
+        sample = drills.choices(scenes.generator_for("val", 0, i), (112, 112))
+        (turn,) = sample.turns
+        question, options, right = chosen(turn)
+        assert turn.image and len(sample.markers) == 4
+        if {marker.kind for marker in sample.markers} != {"rectangle"}:
+            continue
+        boxes = {phrase(marker): np.ravel(marker.points) for marker in sample.markers}
+        center = {words: (box[:2] + box[2:]) / 2 for words, box in boxes.items()}
+        color = {words: color_at(sample.image, tuple(box)) for words, box in boxes.items()}
+        place = {words: scenes.POSITIONS[int(3 * y / 112)][int(3 * x / 112)] for words, (x, y) in center.items()}
+        named, what = [words for words in boxes if words in question], " ".join(question.split()[:2])
+        if what == "What is":
+            assert color[named[0]] in right
+        elif what == "Which is":
+            assert color[right.removeprefix("The object ")] in question
+        elif what == "Which object":
+            assert f"at the {place[right.removeprefix('The object ')]}?" in question
+        elif len(named) == 2:
+            first, second = sorted(named, key=question.find)
+            x, y = center[first] - center[second]
+            way = ("left of", "right of")[int(x > 0)] if abs(x) > abs(y) else ("above", "below")[int(y > 0)]
+            assert right == f"The object {first} is {way} the object {second}."
+        else:
+            assert right == place[named[0]]
+        asked[what, len(named)] += 1
+        letters[turn.answer[-1]] += 1
+    assert min(asked.values()) > 10 and len(asked) == 5, asked
+    assert min(letters.values()) > 20 and len(letters) == 4, letters
+
+
+def test_an_option_is_found_by_its_words():
+    """Guards against a letter of an option that doesn't say so, or of one of several that do; and against a picture."""
+    letters, forms = collections.Counter(), collections.Counter()
+    for i in range(300):
+        sample = drills.options(scenes.generator_for("val", 0, i), (112, 112))
+        (turn,) = sample.turns
+        assert sample.image is None and not turn.image and not sample.markers
+        question, options, right = chosen(turn)
+        named = f"Which option says {right[0].lower()}{right[1:]}?"
+        assert question == (named if len(turn.answer) == 1 else "Choose any option.")
+        letters[turn.answer[-1]] += 1
+        forms[right.split()[0] == "The", " is " in right, right in sum(scenes.POSITIONS, ()), len(turn.answer) > 1] += 1
+    assert min(letters.values()) > 50 and len(letters) == 4, letters
+    assert min(forms.values()) > 20 and len(forms) == 8, forms
+
+
+def test_a_rich_caption_tells_textures_and_signs():
+    """Guards against: a drill that draws plain scenes, as "captions" does."""
+    texts = [SCENES["rich-captions"](scenes.generator_for("train", 0, i), (64, 64)).turns[0].answer for i in range(40)]
+    assert all(any(word in text for text in texts) for word in ("striped", "dotted", "with the letter", "with the number"))
