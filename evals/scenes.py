@@ -23,7 +23,8 @@ from evals.benchmark import answer, interval
 from overlay import KINDS
 
 LEFT_OUT = ("texts", "markers", "bold-markers", "bold-marked", "vip-bench")  # ViP-Bench is there in its parts
-TASKS = [name for name in SCENES if name not in LEFT_OUT and (name not in DRILLS or name.startswith("vip-"))]
+MEASURED = [name for name in DRILLS if name.startswith("vip-") or name.endswith("-spelled")]
+TASKS = [name for name in SCENES if name not in LEFT_OUT and (name not in DRILLS or name in MEASURED)]
 
 
 def evaluate(model, tokenizer, n: int, *, source="markers", split="test", seed=0, side=224, unmarked=False, batch=50):
