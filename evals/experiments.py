@@ -83,7 +83,8 @@ def row(series: str, x: str | float, results: Sequence[Sequence[float]], chance:
     else:
         low, high = interval_of_mean(results[0])
     said = {"accuracy": mean, "low": low, "high": high, "chance": chance}
-    return {"series": series, "x": x, **{k: round(100 * v, 2) for k, v in said.items()}, "n": n, "seeds": len(means)}
+    said = {"series": series, "x": x, **{k: round(100 * v, 2) for k, v in said.items()}, "n": n, "seeds": len(means)}
+    return said | {"each": [round(100 * one, 2) for one in means]}  # of each seed: two variants are compared seed by seed
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,7 @@ def test_intervals_are_student_s_over_seeds_and_wilson_s_of_one():
     said = row("s", 3, seeds, 0.25)
     reach = 4.30 * statistics.stdev([80, 90, 85]) / 3**0.5
     assert said["accuracy"] == 85 and said["chance"] == 25 and said["seeds"] == 3 and said["n"] == 100
+    assert said["each"] == [80, 90, 85]
     assert said["low"] == pytest.approx(85 - reach, abs=0.01) and said["high"] == pytest.approx(85 + reach, abs=0.01)
     alone = row("s", 3, seeds[:1], 0.25)
     assert (alone["low"], alone["high"], alone["seeds"]) == (71.12, 86.66, 1)
