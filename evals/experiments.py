@@ -1,7 +1,7 @@
 """The paper's claims, and questions that it leaves open, asked of a small model in a small world.
 
     python -m evals.experiments overlay                  one experiment: RUN/overlay.json and, with matplotlib, .png
-    python -m evals.experiments all --quick              the shape of every figure in a quarter of an hour
+    python -m evals.experiments all --quick              the shape of every figure
     python -m evals.experiments all --device cuda
 
 | experiment | question                                                            | what is trained                 |
