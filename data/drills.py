@@ -118,9 +118,10 @@ def options(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
     related = [f"{marked[0]} is {way} the object{marked[1].removeprefix('The object')}" for way in four(WAYS)]
     told = (looks, marked, related, four(sum(scenes.POSITIONS, ())))[generator.integers(4)]
     right = int(generator.integers(4))
-    question, answer = _by_letter(generator, f"Which option says {told[right][0].lower()}{told[right][1:]}?", told, right)
+    named = f"Which option says {told[right][0].lower()}{told[right][1:]}?"
+    question, answer = _by_letter(generator, named, told, right)
     if len(answer) > 1:  # were it named, the letter could be found without looking at what was said first
-        question = f"Choose any option.\n{question.partition(chr(10))[2]}"
+        question = question.replace(named, "Choose any option.")
     return Sample(None, (), (Turn(question, answer),))
 
 
