@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chat import IMAGE
 from llama import KVCache, sample
@@ -112,7 +113,8 @@ def generate(
 def _begin(model, rows, patches, shared: bool, more: int, memory: Memory) -> tuple[torch.Tensor, KVCache]:
     """What of the prompts is still to be computed, embeds (B, T, C), and a cache with what is not; room for `more`."""
     text, weight = model.config.text, model.llama.embed_tokens.weight
-    ids, start = (x.to(weight.device) for x in pad(rows, 0, side="left"))
+    ids, start = pad(rows, 0, side="left")
+    start = start.to(weight.device)
     embeds = model.splice(ids, patches.expand(len(rows), -1, -1) if shared else patches)
     slots = embeds.size(1) + more
     if len(rows) == 1:
@@ -188,10 +190,46 @@ def _check_request(config, prompts, rows, pixels, max_new_tokens: int) -> bool:
     return shared
 
 
+# -- compiled ----------------------------------------------------------------------------------------------------------
+
+
 def compile_steps(model: ViPLLaVA) -> None:
-    """torch.compile what generate repeats; the first call of each is slow. On a GPU a decoding step becomes one CUDA
-    graph for each number of slots."""
-    mode = "reduce-overhead" if model.llama.embed_tokens.weight.is_cuda else None
-    model.llama.decode = torch.compile(model.llama.decode, mode=mode, fullgraph=True)
-    model.llama.prefill = torch.compile(model.llama.prefill, dynamic=True)
-    model.encode_images = torch.compile(model.encode_images)
+    """torch.compile the blocks, each once for all layers; the first call for a shape is slow. On a GPU a decoding step
+    and a look at an image become CUDA graphs, too."""
+    for part in (*model.vision.layers, *model.llama.layers, model.llama.norm, model.llama.lm_head):
+        part.forward = torch.compile(part.forward)
+    if model.llama.embed_tokens.weight.is_cuda:
+        from torch._inductor import config  # not before it is needed: it takes long
+
+        step = model.llama.decode
+
+        def decode(ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+            # For one token the compiler's own kernels, once they are tuned, outrun ready-made products and attention.
+            with config.patch(coordinate_descent_tuning=True), sdpa_kernel(SDPBackend.MATH):
+                return step(ids, cache)
+
+        model.llama.decode, model.encode_images = Replayed(decode), Replayed(model.encode_images)
+
+
+class Replayed:
+    """function(x, *rest) as a CUDA graph: a GPU runs through all its kernels at one command. One by one, Python takes
+    longer to start them than they take.
+
+    The first call with another shape of x, or another rest, does what it always does, to compile as well; the second is
+    recorded, and from then on only x's values differ.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.known, self.graph = function, None, None
+
+    def __call__(self, x: torch.Tensor, *rest) -> torch.Tensor:
+        if self.known != (x.shape, rest):
+            self.known, self.graph = (x.shape, rest), None
+            return self.function(x, *rest)
+        if self.graph is None:
+            self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.y = self.function(self.x, *rest)
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.y.clone()

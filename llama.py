@@ -17,7 +17,6 @@ Pitfalls
 Letters: B batch, T new tokens, S cache slots, C width, H heads, K key-value heads, D head width, L layers, V words.
 """
 
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -58,19 +57,16 @@ class KVCache:
     """Keys and values of the tokens so far, in slots allocated once; every row of a batch fills the same slots.
 
     Row b's tokens lie in slots 0 … shared - 1, which all rows may begin with, and from start[b] on; what is between is
-    padding, which has no position and is never attended to. `length`, a tensor on the device so that a compiled step
-    never waits for the host, counts the slots in use.
+    padding, which has no position and is never attended to. `length`, a tensor on the device so that a step never waits
+    for the host, counts the slots in use. `layers`: of each, its keys and values.
     """
 
     def __init__(self, config: LlamaConfig, start: torch.Tensor, slots: int, dtype: torch.dtype, shared: int = 0):
-        shape = (config.layers, start.size(0), config.kv_heads, slots, config.head_width)  # (L, B, K, S, D)
-        self.config, self.shared, self.start = config, shared, start
-        self.k = torch.zeros(shape, device=start.device, dtype=dtype)
-        self.v = torch.zeros(shape, device=start.device, dtype=dtype)
+        shape = (start.size(0), config.kv_heads, slots, config.head_width)  # (B, K, S, D)
+        empty = lambda: torch.zeros(shape, device=start.device, dtype=dtype)  # noqa: E731
+        self.config, self.shared, self.start, self.dtype = config, shared, start, dtype
+        self.layers = [(empty(), empty()) for _ in range(config.layers)]
         self.length = torch.zeros((), device=start.device, dtype=torch.long)
-        if start.is_cuda and "torch._dynamo" in sys.modules:  # compiled, a step that writes to them is a CUDA graph
-            for x in (self.k, self.v, self.length):
-                torch._dynamo.mark_static_address(x)
         self.slots = torch.arange(slots, device=start.device)  # (S,)
         self.real = (self.slots < shared) | (self.slots >= start[:, None])  # (B, S)
 
@@ -79,18 +75,13 @@ class KVCache:
         padding = (self.start - self.shared)[:, None]  # (B, 1)
         return torch.where(slots < self.shared, slots, (slots - padding).clamp(min=0))
 
-    def update(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
-        """Write k, v (B, K, T, D) into `slots` (T,); return all of the layer's, (B, K, S, D) each."""
-        self.k[layer].index_copy_(2, slots, k.to(self.k.dtype))  # under autocast theirs is another one
-        self.v[layer].index_copy_(2, slots, v.to(self.v.dtype))
-        return self.k[layer], self.v[layer]
-
     def continued(self, length: int, start: torch.Tensor, slots: int) -> "KVCache":
         """A new cache, all of whose rows begin with the first `length` tokens of this one's only row; start (B,) says
         in which slot each goes on."""
-        cache = KVCache(self.config, start, slots, self.k.dtype, shared=length)
-        for old, new in ((self.k, cache.k), (self.v, cache.v)):
-            new[:, :, :, :length] = old[:, :, :, :length]
+        cache = KVCache(self.config, start, slots, self.dtype, shared=length)
+        for olds, news in zip(self.layers, cache.layers):
+            for old, new in zip(olds, news):
+                new[:, :, :length] = old[:, :, :length]
         cache.length.fill_(length)
         return cache
 
@@ -132,22 +123,24 @@ def side_by_side(x: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         C, D = config.width, config.head_width
-        self.layer, self.head_width = layer, D
+        self.head_width = D
         self.q_proj = nn.Linear(C, config.heads * D, bias=False)
         self.k_proj = nn.Linear(C, config.kv_heads * D, bias=False)
         self.v_proj = nn.Linear(C, config.kv_heads * D, bias=False)
         self.o_proj = nn.Linear(config.heads * D, C, bias=False)
 
-    def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None, slots=None) -> torch.Tensor:
+    def forward(self, x, cos, sin, mask=None, kept=None, slots=None) -> torch.Tensor:
+        """kept: the layer's keys and values in a cache, (B, K, S, D) each; those of x go into its `slots` (T,)."""
         B, T, C = x.size()
         projected = side_by_side(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (y.view(B, T, -1, self.head_width).transpose(1, 2) for y in projected)  # (B, H or K, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            kept = cache.update(self.layer, slots, k, v)
+        if kept is not None:
+            for old, new in zip(kept, (k, v)):
+                old.index_copy_(2, slots, new.to(old.dtype))  # under autocast the new one's is another
             k, v = (k, v) if mask is None else kept  # (B, K, S, D)
         grouped = k.size(1) != q.size(1)  # each key head serves H / K query heads
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
@@ -167,10 +160,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, config: LlamaConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.width, config.eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.width, config.eps)
         self.mlp = MLP(config)
 
@@ -189,7 +182,7 @@ class Llama(nn.Module):
             raise ValueError(f"heads must divide width, kv_heads heads, and a head's width be even; got {config}")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.eps)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.apply(self._init_weights)
@@ -216,8 +209,8 @@ class Llama(nn.Module):
             positions, mask = cache.positions(slots), self._cached_mask(slots, cache)  # (B, T), (B, 1, T, S)
         cos, sin = rope_table(positions, self.config, embeds.dtype)
         x = embeds
-        for block in self.layers:
-            x = block(x, cos, sin, mask, cache, slots)
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, mask, None if cache is None else cache.layers[i], slots)
         if cache is not None:
             cache.length += T
         return self.norm(x)

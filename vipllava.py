@@ -77,7 +77,8 @@ class ViPLLaVA(nn.Module):
     def splice(self, ids: torch.Tensor, patches: torch.Tensor | None) -> torch.Tensor:
         """ids (B, T) with N times IMAGE an image, patches (I, N, C) -> embeds (B, T, C).
 
-        Raises ValueError for an id that is no word, and when places and patches are not equally many.
+        ids may be on the CPU, where to check them makes no GPU wait. Raises ValueError for an id that is no word, and
+        when places and patches are not equally many.
         """
         places = ids == IMAGE  # (B, T)
         words = ids.masked_fill(places, 0)  # (B, T), the places to be overwritten
@@ -87,10 +88,10 @@ class ViPLLaVA(nn.Module):
         given = 0 if patches is None else patches.size(0) * patches.size(1)
         if places.sum() != given:
             raise ValueError(f"the prompts hold {int(places.sum())} image places, the images give {given} patches")
-        embeds = self.llama.embed_tokens(words)  # (B, T, C)
+        embeds = self.llama.embed_tokens(words.to(self.llama.embed_tokens.weight.device))  # (B, T, C)
         if patches is None:
             return embeds
-        return embeds.masked_scatter(places[:, :, None], patches.to(embeds.dtype))
+        return embeds.masked_scatter(places[:, :, None].to(embeds.device), patches.to(embeds.dtype))
 
     def forward(self, ids: torch.Tensor, pixels: torch.Tensor | None = None) -> torch.Tensor:
         """ids (B, T), padded on the right if at all, and pixels (I, 3, S, S) -> hidden (B, T, C) for llama.lm_head."""

@@ -57,7 +57,7 @@ def errors(config: LlamaConfig, tokens: int, device: torch.device, seed: int = 0
             if last:
                 made = nn.Sequential(RMSNorm(config.width, config.eps), nn.Linear(config.width, config.vocab_size, bias=False))
             else:
-                made = Block(config, i)
+                made = Block(config)
             random(made)
             for precision, x in hidden.items():
                 dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32

@@ -10,7 +10,7 @@ import torch
 
 from cases import NEW_TOKENS, VIPLLAVA, fill, load_golden, random_pixels
 from chat import IMAGE
-from generate import Memory, common, compile_steps, delayed, generate
+from generate import Memory, Replayed, common, compile_steps, delayed, generate
 from test_vipllava import CONFIG, PROMPTS, inputs_of, model_of, small
 from vipllava import ViPLLaVA, expand
 
@@ -321,13 +321,17 @@ def test_common():
 
 
 def test_compiled_steps_say_the_same(monkeypatch):
-    """Guards against: a step that can't be one graph; a compiled prefill that is right for its first length only. All
-    but the last stage of the compiler, which needs one for C++."""
-    whole, compiled = torch.compile, []
+    """Guards against: a block that can't be one graph; one that is right for its first length only; one that is compiled
+    anew for each layer. All but the last stage of the compiler, which needs one for C++."""
+    whole, compiled, graphs = torch.compile, [], []
 
-    def front(function, mode=None, **options):
-        compiled.append(function.__name__)
-        return whole(function, backend="aot_eager", **options)
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def front(function):
+        compiled.append(type(function.__self__).__module__ + "." + type(function.__self__).__name__)
+        return whole(function, backend=backend, fullgraph=True)
 
     def run() -> list:
         return [answers(model, [prompt], pixels[:1], max_new_tokens=12) for prompt in prompts]
@@ -338,7 +342,49 @@ def test_compiled_steps_say_the_same(monkeypatch):
     expected = run()
     compile_steps(model)
     assert run() == expected
-    assert compiled == ["decode", "prefill", "encode_images"]
+    layers = model.config.vision.layers, model.config.text.layers
+    assert compiled == ["clip.Block"] * layers[0] + ["llama.Block"] * layers[1] + ["llama.RMSNorm", "torch.nn.modules.linear.Linear"]
+    assert len(graphs) < 12  # prompts of two lengths, steps of two
+
+
+class Recording:
+    """Stands for a CUDA graph, and for the recording of one: what was called while it was open is called again."""
+
+    def __init__(self, calls: list):
+        self.calls = calls
+
+    def __enter__(self):
+        self.calls.clear()
+
+    def __exit__(self, *_):
+        self.again, self.x, self.y = self.calls[0]
+
+    def replay(self):
+        self.y.copy_(self.again(self.x))
+
+
+def test_replayed(monkeypatch):
+    """Guards against: a recording for another shape or cache that goes on being used; a result that the next call
+    overwrites; a first call, in which things are compiled, that is recorded."""
+    calls = []
+
+    def double(x: torch.Tensor, *rest) -> torch.Tensor:
+        y = 2 * x
+        calls.append((lambda x: 2 * x, x, y))
+        return y
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Recording(calls))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    replayed, one, other = Replayed(double), object(), object()
+    asked = [(x, rest) for x in ([1.0], [2.0], [3.0], [4.0, 5.0], [6.0, 7.0]) for rest in (one,)]
+    asked += [([8.0], one), ([9.0], other), ([10.0], other), ([11.0], other)]
+    results = [replayed(torch.tensor(x), rest) for x, rest in asked]
+    assert [y.tolist() for y in results] == [[2 * v for v in x] for x, _ in asked]
+    ran = []
+    replayed = Replayed(lambda x, rest: ran.append(len(x)) or double(x))
+    for x, rest in asked:
+        replayed(torch.tensor(x), rest)
+    assert ran == [1, 1, 2, 2, 1, 1, 1]  # as it is and recorded; the lone [8] with `one` as it is only
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

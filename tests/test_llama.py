@@ -156,7 +156,7 @@ def test_bfloat16_model_and_cache(golden):
     cache = new_cache(model, dtype=torch.bfloat16)
     logits = [model.prefill(model.embed_tokens(ids[:, :7]), cache)]
     logits += [model.decode(ids[:, t], cache) for t in range(7, ids.size(1))]
-    assert logits[0].dtype == cache.k.dtype == torch.bfloat16
+    assert logits[0].dtype == cache.layers[0][0].dtype == torch.bfloat16
     assert relative_error(torch.stack(logits, dim=1), golden["grouped/decoded"]) < 0.1
 
 
