@@ -10,11 +10,13 @@ way of two small buffers, of which one is filled while the other travels.
 """
 
 import itertools
+import json
 import pickle
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -76,10 +78,10 @@ class Part:
     drop: tuple[str, ...] = ()
     scheme: str = ""
 
-    def open(self, file: Path, some: Collection[str] | None = None) -> dict[str, torch.Tensor]:
-        """Our names -> the tensors in `file`, or those that it calls `some`, mapped, not yet read."""
+    def open(self, file: Path, some: Collection[str] | None = None, how=open_file) -> dict[str, torch.Tensor]:
+        """Our names -> the tensors in `file`, or those that it calls `some`; mapped, not yet read, where `how` is open_file."""
         tensors = {}
-        for theirs, mapped in open_file(file, some).items():
+        for theirs, mapped in how(file, some).items():
             for name, x in split_fused(rename(theirs), mapped):
                 if theirs.endswith(BUFFERS) or name.startswith(self.drop):
                     continue
@@ -121,15 +123,14 @@ class Part:
         """
         wanted = {name: x.dtype if self.quantized(name) else dtype for name, x in self.tensors.items()}
         as_is = device.type == "cpu" and all(x.dtype == wanted[name] for name, x in self.tensors.items())
-        buffers = itertools.cycle(pinned_buffers()) if device.type == "cuda" else None
+        carrier = Carrier(device) if device.type == "cuda" else None
         for file in self.files:
             sizes = {theirs: x.nbytes for theirs, x in open_file(file).items()}
             for some in [sizes] if as_is else groups(sizes, max(sum(sizes.values()) // 32, SMALL)):
-                tensors = self.open(file, some)
+                tensors = self.open(file, some, carrier.open if carrier else open_file)
                 for name in list(tensors):
-                    x = tensors[name]
-                    x = carry(x, device, buffers) if buffers else x
-                    yield name, (x if as_is else x.to(device, wanted[name], copy=not buffers)).contiguous()
+                    x = tensors.pop(name)
+                    yield name, (x if as_is else x.to(device, wanted[name], copy=not carrier)).contiguous()
                 x = tensors = None  # the old mapping goes before the new one comes
 
 
@@ -146,22 +147,63 @@ def groups(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
         yield group
 
 
-def pinned_buffers(size: int = 2**26) -> list[tuple[torch.Tensor, torch.cuda.Event]]:
-    """Memory that a GPU fetches from by itself, and when it last had done so."""
-    return [(torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
+# -- onto a GPU ------------------------------------------------------------------------------------------------------
+
+CHUNK = 2**22  # bytes that a thread reads at once
 
 
-def carry(x: torch.Tensor, device: torch.device, buffers: Iterator) -> torch.Tensor:
-    """A mapped tensor, onto a GPU: all cores read its file into one buffer while the other's bytes travel. Straight from
-    the file, one would wait for each page."""
-    there = torch.empty(x.shape, dtype=x.dtype, device=device)
-    source, target = (t.reshape(-1).view(torch.uint8) for t in (x, there))
-    while source.numel():
-        buffer, free = next(buffers)
-        n = min(len(buffer), len(source))
-        free.synchronize()
-        buffer[:n].copy_(source[:n])
-        target[:n].copy_(buffer[:n], non_blocking=True)
-        free.record()
-        source, target = source[n:], target[n:]
-    return there
+class Carrier:
+    """Tensors of files, onto a GPU. Straight from a mapped file, it would wait for each page."""
+
+    def __init__(self, device: torch.device, buffers: Sequence[tuple[torch.Tensor, torch.cuda.Event]] = ()):
+        """buffers: memory that the GPU fetches from by itself, and when it last had done so."""
+        new = ((torch.empty(2**26, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2))
+        self._device, self._threads = device, ThreadPoolExecutor(16)
+        self._buffers = itertools.cycle(buffers or new)
+
+    def open(self, path: Path, some: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        """What open_file returns, on the GPU."""
+        mapped, tensors = open_file(path, some), {}
+        begins = data_begins(path) if path.suffix == ".safetensors" else {}
+        for name, x in mapped.items():
+            read = partial(self._from_file, path, begins[name]) if begins else partial(from_memory, x)
+            tensors[name] = self._fill(torch.empty(x.shape, dtype=x.dtype, device=self._device), read)
+        return tensors
+
+    def _fill(self, there: torch.Tensor, read: Callable[[torch.Tensor, int], None]) -> torch.Tensor:
+        """read(bytes of a buffer, how many came before) fills one buffer while the other's bytes travel."""
+        target, at = there.view(-1).view(torch.uint8), 0
+        while at < len(target):
+            buffer, free = next(self._buffers)
+            n = min(len(buffer), len(target) - at)
+            free.synchronize()
+            read(buffer[:n], at)
+            target[at : at + n].copy_(buffer[:n], non_blocking=True)
+            free.record()
+            at += n
+        return there
+
+    def _from_file(self, path: Path, begin: int, to: torch.Tensor, at: int) -> None:
+        to = memoryview(to.numpy())
+        parts = [(begin + at + k, to[k : k + CHUNK]) for k in range(0, len(to), CHUNK)]
+        list(self._threads.map(lambda part: read_part(path, *part), parts))
+
+
+def from_memory(x: torch.Tensor, to: torch.Tensor, at: int) -> None:
+    to.copy_(x.reshape(-1).view(torch.uint8)[at : at + len(to)])
+
+
+def data_begins(path: Path) -> dict[str, int]:
+    """Where in a .safetensors file each tensor's bytes begin."""
+    with open(path, "rb") as file:
+        n = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(n))
+    return {name: 8 + n + about["data_offsets"][0] for name, about in header.items() if name != "__metadata__"}
+
+
+def read_part(path: Path, begin: int, to: memoryview) -> None:
+    """The file's bytes from `begin` on, till `to` is full."""
+    with open(path, "rb", buffering=0) as file:
+        file.seek(begin)
+        if file.readinto(to) != len(to):
+            raise ValueError(f"{path} ended early; is the file whole?")

@@ -1,9 +1,8 @@
 """Weight files: read in groups, and carried to a GPU in pieces. What is refused, and every layout: test_checkpoint.py."""
 
-import itertools
-
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import files
 
@@ -32,13 +31,23 @@ class Fence:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float32])
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (7, 9), (64, 4)])
-def test_carried_in_pieces(dtype, shape):
+def test_carried_in_pieces(dtype, shape, tmp_path, monkeypatch):
     """Guards against: a piece lost, doubled or in another's place, a buffer filled again before it has been fetched."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).mul(50).to(dtype)
-    fences = [Fence(), Fence()]
-    buffers = itertools.cycle((torch.zeros(24, dtype=torch.uint8), fence) for fence in fences)
-    y = files.carry(x, torch.device("cpu"), buffers)
-    assert y.dtype == dtype and y.data_ptr() != x.data_ptr() or not x.numel()
-    torch.testing.assert_close(y, x, rtol=0, atol=0)
-    pieces = -(-x.nbytes // 24)
-    assert sum(fence.waited for fence in fences) == max(0, pieces - 2)
+    monkeypatch.setattr(files, "CHUNK", 10)
+    for name, write in (("x.safetensors", save_file), ("x.bin", torch.save)):
+        write({"a": torch.zeros(3), "x": x, "z": x + 1}, tmp_path / name)
+        fences = [Fence(), Fence()]
+        carrier = files.Carrier(torch.device("cpu"), [(torch.zeros(24, dtype=torch.uint8), fence) for fence in fences])
+        y = carrier.open(tmp_path / name, ["x"])["x"]
+        assert y.dtype == dtype
+        torch.testing.assert_close(y, x, rtol=0, atol=0)
+        pieces = -(-x.nbytes // 24)
+        assert sum(fence.waited for fence in fences) == max(0, pieces - 2)
+
+
+def test_a_file_that_ends_early(tmp_path):
+    """Guards against a tensor whose end is what the buffer held before."""
+    (tmp_path / "short").write_bytes(b"12345")
+    with pytest.raises(ValueError, match="short ended early; is the file whole"):
+        files.read_part(tmp_path / "short", 2, memoryview(bytearray(4)))
