@@ -176,12 +176,12 @@ class Int4Linear(nn.Module):
 
     def pack(self) -> None:
         """Lay the weights out as this device's kernel wants them, where it has one for this shape."""
-        outputs, inputs = self.scale.size(0), self.scale.size(1) * GROUP
+        outputs = self.scale.size(0)
         q, device = self.numbers(), self.weight.device.type
         if device == "cpu" and outputs % 64 == 0:
             self.kernel = torch._weight_int4pack_mm_for_cpu
             self.weight, self.block = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1), block_of_layout()
-        elif device == "cuda" and outputs % 8 == 0 and inputs % 1024 == 0:
+        elif device == "cuda" and outputs % 8 == 0:
             self.kernel = torch._weight_int4pack_mm
             self.weight = torch._convert_weight_to_int4pack(q[:, 1::2] | q[:, ::2] << 4, 8)
         else:
