@@ -26,12 +26,16 @@ class Side:
     """make(*arguments) in its process. Side.method(…) there is side("method", …) here."""
 
     def __init__(self, name: str, make: Callable, *arguments):
-        self.name, self.peak = name, 0
+        self.name, self.peak, self._ready = name, 0, False
         self._pipe, theirs = multiprocessing.Pipe()
         self._process = CONTEXT.Process(target=serve, args=(make, arguments, theirs), daemon=True)
         self._process.start()
         theirs.close()
-        self._receive()
+
+    def start(self) -> None:
+        """Wait until it is made; the first call does so, too. Several are made at the same time."""
+        if not self._ready:
+            self._ready = bool(self._receive())
 
     def _receive(self):
         try:
@@ -40,6 +44,7 @@ class Side:
             raise MemoryError(f"{self.name} ended early; too little memory? expected room for it") from None
 
     def __call__(self, method: str, *arguments):
+        self.start()
         self._pipe.send((method, arguments))
         return self._receive()
 

@@ -11,6 +11,7 @@
 | prefill     | from pixels and ids (the image, and --words after it) to the first token                  |
 | decode      | a token after that, the mean of --tokens                                                  |
 | second turn | of a chat, to its first token: with what is kept of the first, against starting over      |
+| images      | --images pictures at once through CLIP and the projector                                  |
 
 Each side is a process; they take turns, and what counts are medians after a warm-up, in which whatever is compiled is
 compiled (its time is told). Limits are measured in the same run: for decode the bytes that a token has to read, over
@@ -34,6 +35,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
 import llama
@@ -60,7 +62,9 @@ def write_weights(args: argparse.Namespace, folder: str) -> None:
     """A random model in 16 bits."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    checkpoint.save(ViPLLaVA(config_of(args)), Tokenizer.train(["a"], 300), folder)
+    with torch.device(args.device):
+        model = ViPLLaVA(config_of(args))
+    checkpoint.save(model, Tokenizer.train(["a"], 300), folder)
 
 
 def request(args: argparse.Namespace) -> tuple[list[int], torch.Tensor]:
@@ -69,6 +73,19 @@ def request(args: argparse.Namespace) -> tuple[list[int], torch.Tensor]:
     words = torch.randint(3, config.image_token_id, (args.words,), generator=generator).tolist()
     S = config.vision.image_size
     return [1, IMAGE, *words[1:]], torch.randn(1, 3, S, S, generator=generator)
+
+
+def pictures(args: argparse.Namespace) -> torch.Tensor:
+    """(--images, 3, S, S)"""
+    S = config_of(args).vision.image_size
+    return torch.randn(args.images, 3, S, S, generator=torch.Generator().manual_seed(2))
+
+
+def finished(device: torch.device) -> float:
+    """The time, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def touch(model: torch.nn.Module) -> float:
@@ -81,7 +98,7 @@ class Ours:
     def __init__(self, args: argparse.Namespace, folder: str, precision: str):
         self.quantize = precision if precision.startswith("int") else ""
         self.dtype = torch.bfloat16 if self.quantize else getattr(torch, precision)
-        self.args, self.folder, self.memory = args, folder, Memory()
+        self.args, self.folder, self.memory, self.many = args, folder, Memory(), None
         self.ids, self.pixels = request(args)
         self._load()
         if args.compile:
@@ -92,11 +109,14 @@ class Ours:
 
     def load(self) -> tuple[float, float]:
         """Seconds until there is a model, and until its weights have been read."""
-        self.model = None
+        self.model = self.many = None
+        torch.compiler.reset()  # which keeps weights, too
         gc.collect()
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
         began = time.perf_counter()
         self._load()
-        returned = time.perf_counter() - began
+        returned = finished(self.args.device) - began
         touch(self.model)
         return returned, time.perf_counter() - began
 
@@ -116,6 +136,18 @@ class Ours:
             tokens.append(token)
         return times[1] - times[0], (times[-1] - times[1]) / max(1, len(tokens) - 1), tokens
 
+    @torch.no_grad()
+    def look(self) -> float:
+        """Seconds for --images pictures, which are on the device already."""
+        if self.many is None:
+            self.many = pictures(self.args).to(self.args.device, self.dtype)
+        began = finished(self.args.device)
+        self._patches(self.many)
+        return finished(self.args.device) - began
+
+    def _patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model.encode_images(pixels)
+
     def turn(self) -> tuple[float, float]:
         """Seconds to the first token of a second question: with the first turn's memory, and without."""
         self.memory.forget()
@@ -132,7 +164,7 @@ class Transformers:
     """generate of VipLlavaForConditionalGeneration, on a GPU with its static cache, which it compiles by itself."""
 
     def __init__(self, args: argparse.Namespace, folder: str, precision: str):
-        self.args, self.folder, self.dtype = args, folder, getattr(torch, precision)
+        self.args, self.folder, self.dtype, self.many = args, folder, getattr(torch, precision), None
         ids, self.pixels = request(args)
         config = config_of(args)
         row = [config.image_token_id if i == IMAGE else i for i in expand(ids, config.vision.patches)]
@@ -148,7 +180,10 @@ class Transformers:
         place = {"device_map": self.args.device} if self.args.device.type == "cuda" else {}
         self.model = VipLlavaForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype, **place).eval()
 
-    load = Ours.load
+    load, look = Ours.load, Ours.look
+
+    def _patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model.get_image_features(pixels).pooler_output
 
     def answer(self) -> tuple[float, float, list[int]]:
         from transformers import StoppingCriteria
@@ -185,6 +220,7 @@ class GPTFast:
             self.model = theirs.Transformer(sizes).eval()
             self.model.setup_caches(1, self.length + args.tokens)
         self.step = lambda ids, place: self.model(ids, place)[:, -1].argmax(-1, keepdim=True).int()
+        torch._inductor.config.coordinate_descent_tuning = args.device.type == "cuda"
         self.decode = torch.compile(self.step, mode="reduce-overhead", fullgraph=True) if args.compile else self.step
 
     @torch.no_grad()
@@ -194,9 +230,10 @@ class GPTFast:
         token.item()
         began, said = time.perf_counter(), [token]
         place = torch.tensor([self.length], device=device)
-        for _ in range(n - 1):
-            said.append(self.decode(said[-1], place).clone())
-            place += 1
+        with sdpa_kernel(SDPBackend.MATH):
+            for _ in range(n - 1):
+                said.append(self.decode(said[-1], place).clone())
+                place += 1
         said = torch.cat(said).flatten().tolist()
         return None, (time.perf_counter() - began) / (n - 1), said
 
@@ -206,27 +243,32 @@ class GPTFast:
 
 def bandwidth(device: torch.device) -> float:
     """The most bytes a second that a copy, or a matrix-vector product, of a large tensor moved."""
-    big = torch.ones(2**29 if device.type == "cuda" else 2**27, device=device)  # 2 or 0.5 GB
+    big = torch.ones(2**31 if device.type == "cuda" else 2**27, device=device)  # 8 or 0.5 GB: a launch's time is nothing
     matrix, other, vector = big.view(-1, 4096), torch.empty_like(big), torch.zeros(4096, device=device)
     best = 0.0
     for work, moved in ((lambda: other.copy_(big), 2 * big.nbytes), (lambda: matrix @ vector, big.nbytes)):
         for _ in range(6):
-            began = time.perf_counter()
-            work().flatten()[-1].item()
-            best = max(best, moved / (time.perf_counter() - began))
+            began = finished(device)
+            work()
+            best = max(best, moved / (finished(device) - began))
     return best
 
 
-def prefill_flops(config: ViPLLaVAConfig, words: int) -> float:
-    """Of the tower as far as it is looked at, the projector, the decoder, and the head on the last token."""
+def image_flops(config: ViPLLaVAConfig) -> float:
+    """Of the tower as far as it is looked at, and the projector."""
     vision, text, N = config.vision, config.text, config.vision.patches
     blocks = max(i % (vision.layers + 1) for i in config.feature_layers)
-    C, T, wide = vision.width, N + words, len(config.feature_layers) * vision.width
+    C, wide = vision.width, len(config.feature_layers) * vision.width
     tower = blocks * (2 * (N + 1) * (4 * C * C + 2 * C * vision.mlp) + 4 * (N + 1) ** 2 * C) + 6 * N * vision.patch_size**2 * C
-    projector = 2 * N * (wide * text.width + text.width**2)
+    return tower + 2 * N * (wide * text.width + text.width**2)
+
+
+def prefill_flops(config: ViPLLaVAConfig, words: int) -> float:
+    """Of an image, the decoder, and the head on the last token."""
+    text, T = config.text, config.vision.patches + words
     heads = 2 * text.width**2 + 2 * text.width * text.kv_heads * text.head_width
     decoder = text.layers * (2 * T * (heads + 3 * text.width * text.mlp) + 2 * T * T * text.width)  # attention is causal
-    return tower + projector + decoder + 2 * text.width * text.vocab_size
+    return image_flops(config) + decoder + 2 * text.width * text.vocab_size
 
 
 # -- the race ----------------------------------------------------------------------------------------------------------
@@ -237,23 +279,32 @@ KINDS = {"ours": Ours, "transformers": Transformers, "gpt-fast": GPTFast}
 def race(args: argparse.Namespace, folder: str, sides: list[tuple[str, str]]) -> dict[str, dict]:
     """(name, precision) -> what was measured, by "name precision"; all sides in turns."""
     open_sides = [Side(f"{name} {precision}", KINDS[name], args, folder, precision) for name, precision in sides]
-    found = {}
+    seeing = [side for side in open_sides if not side.name.startswith("gpt-fast")]
+    found = {side.name: {"answers": [], "looks": [], "turns": [], "loads": []} for side in open_sides}
+
+    def measure(what: str, sides: list[Side], warm: int = 0, repeat: int = args.repeat) -> None:
+        """Of each side side(what), `repeat` times after `warm` times; said on stderr, as a run may take long."""
+        rounds = [[side(what) for side in sides] for _ in range(warm + repeat)]
+        for side, values in zip(sides, zip(*rounds)):
+            found[side.name][f"{what}s"] = values[warm:]
+            print(f"{side.name}: {what} {str(values[-1]):.60}", file=sys.stderr)
+
+    for side in open_sides:
+        side.start()
     for side in open_sides:
         began = time.perf_counter()
         side("answer")
-        found[side.name] = {"warm-up": time.perf_counter() - began, "answers": [], "loads": [], "turns": []}
-    for _ in range(args.repeat):
-        for side in open_sides:
-            found[side.name]["answers"].append(side("answer"))
+        found[side.name]["warm-up"] = time.perf_counter() - began
+        side("answer")  # a GPU's steps are recorded now
+        print(f"{side.name}: ready after {found[side.name]['warm-up']:.1f} s", file=sys.stderr)
+    measure("answer", open_sides)
+    measure("look", seeing, warm=2)
+    measure("turn", [side for side in open_sides if side.name.startswith("ours")], warm=1)
     for side in open_sides:
         if side.name.startswith("ours"):
             found[side.name]["read"] = side("read")
-            side("turn")
-            found[side.name]["turns"] = [side("turn") for _ in range(args.repeat)]
-    for _ in range(1 + args.repeat if args.load else 0):
-        for side in open_sides:
-            if not side.name.startswith("gpt-fast"):
-                found[side.name]["loads"].append(side("load"))
+    if args.load:
+        measure("load", seeing, warm=1)
     for side in open_sides:
         side.stop()
         found[side.name]["peak"] = side.peak
@@ -269,6 +320,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--words", type=int, default=64, help="after the image (64)")
     parser.add_argument("--tokens", type=int, default=32, help="of an answer (32)")
+    parser.add_argument("--images", type=int, help="pictures at once (32 on a GPU, else 1)")
     parser.add_argument("--repeat", type=int, default=5, help="times that each is measured (5)")
     parser.add_argument("--precision", nargs="*", choices=("bfloat16", "int8", "int4", "float32"),
                         default=["bfloat16", "int8", "int4", "float32"], help="of ours; theirs have the first and last")  # fmt: skip
@@ -277,10 +329,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--no-load", dest="load", action="store_false", help="don't time loading")
     parser.add_argument("--device")
     args = parser.parse_args(argv)
-    for name, low in (("words", 2), ("tokens", 2), ("repeat", 1)):
+    args.device = check_device(args.device)
+    args.images = (32 if args.device.type == "cuda" else 1) if args.images is None else args.images
+    for name, low in (("words", 2), ("tokens", 2), ("images", 1), ("repeat", 1)):
         if getattr(args, name) < low:
             raise ValueError(f"{name} is {getattr(args, name)}; expected {low} or more")
-    args.device = check_device(args.device)
     if args.gpt_fast and not (args.gpt_fast / "model.py").is_file():
         raise FileNotFoundError(f"no {args.gpt_fast / 'model.py'}; expected a clone of gpt-fast")
     peers = ["transformers"] * bool(importlib.util.find_spec("transformers")) + ["gpt-fast"] * bool(args.gpt_fast)
@@ -319,8 +372,12 @@ def report(args, config, results, peers, speed: float, peak: dict[str, float]) -
         theirs = [[median([answer[k] for answer in rival["answers"]]) for rival in rivals] for k in (0, 1)]
         line(f"decode {precision}", later, theirs[1], found["read"] / later / speed)
         line(f"prefill {precision}", first, theirs[0], flops / first / 1e12 / peak[wide])
+        if not precision.startswith("int"):
+            seen, *others = (median(side["looks"]) for side in (found, *rivals))
+            share = args.images * image_flops(config) / seen / 1e12 / peak[wide]
+            line(f"{args.images} image{'s' * (args.images > 1)} {precision}", seen, others, share)
         for k, what in enumerate((f"load {precision}", "… touched")) if found["loads"] else ():
-            mine, *others = (median([load[k] for load in side["loads"][1:]]) for side in (found, *rivals))
+            mine, *others = (median([load[k] for load in side["loads"]]) for side in (found, *rivals))
             line(what, mine, others)
         with_memory, anew = (median([turn[k] for turn in found["turns"]]) for k in (0, 1))
         print(f"{f'second turn {precision}':22}{1e3 * with_memory:9.2f} ms; starting over {1e3 * anew:.2f} ms, {anew / with_memory:.1f} times")
