@@ -3,6 +3,7 @@
     python -m tests.test_sample        # the table of bad inputs and what is answered, as Markdown
 """
 
+import collections
 import contextlib
 import functools
 import io
@@ -28,7 +29,9 @@ from PIL import Image
 os.environ["HF_HUB_OFFLINE"] = "1"  # a model's name that is none must not be looked up from here
 
 import checkpoint
+import clip
 import hub
+import llama
 import sample
 from chat import HUMAN, Turn, encode_chat
 from clip import VisionConfig, open_image
@@ -554,14 +557,17 @@ def test_an_answer_may_be_as_long_as_the_context(here):
 def test_compile_gives_the_same_tokens(here, monkeypatch):
     """Guards against --compile that compiles nothing, or wraps what `generate` does not call. The compiler itself
     takes half a minute, so a stand-in counts."""
-    calls = []
-    count = lambda function, **options: lambda *args: calls.append(function.__name__) or function(*args)  # noqa: E731
+    calls = collections.Counter()
+    count = lambda forward: lambda *args: calls.update([type(forward.__self__)]) or forward(*args)  # noqa: E731
     monkeypatch.setattr(torch, "compile", count)
     argv = ["--image", "photo.jpg", "What?", "--max-new-tokens", "9", "--json"]
     plain, compiled = (json.loads(ask(*argv, *more)[1]) for more in ([], ["--compile"]))
     assert plain["output_ids"] == compiled["output_ids"]
-    start = ["encode_images", "prefill", "decode"]
-    assert calls == start + start + 7 * ["decode"]  # warmed up first; what was computed there is not counted as fast
+    config = checkpoint.load("model")[0].config
+    blocks = max(i % (config.vision.layers + 1) for i in config.feature_layers)
+    steps = 2 + 9  # warmed up first; what was computed there is not counted as fast
+    expected = {clip.Block: 2 * blocks, llama.Block: steps * config.text.layers, llama.RMSNorm: steps, torch.nn.Linear: steps}
+    assert calls == expected
 
 
 # -- a conversation --------------------------------------------------------------------------------------------------
