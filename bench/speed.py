@@ -2,6 +2,7 @@
 
     python -m bench.speed --size 1b                                    on a CPU: 16 bits, 8, 4, and 32
     python -m bench.speed --size 7b --compile --gpt-fast ../gpt-fast   on a GPU; beside a clone of gpt-fast, too
+    python -m bench.speed --size 7b --layers 4 --compile               its shapes, in a fraction of the time
     python -m bench.speed --size tiny --tokens 8 --repeat 1            does it run?
 
 | measure     | what is timed                                                                             |
@@ -55,7 +56,8 @@ ANSWER = 16  # of its first answer
 
 def config_of(args: argparse.Namespace) -> ViPLLaVAConfig:
     config = SIZES[args.size]
-    return replace(config, image_token_id=config.text.vocab_size - 64)
+    text = replace(config.text, layers=args.layers or config.text.layers)
+    return replace(config, text=text, image_token_id=text.vocab_size - 64)
 
 
 def write_weights(args: argparse.Namespace, folder: str) -> None:
@@ -318,6 +320,7 @@ def median(values) -> float | None:
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m bench.speed", description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--layers", type=int, help="of the decoder: fewer, to try something out (the size's own)")
     parser.add_argument("--words", type=int, default=64, help="after the image (64)")
     parser.add_argument("--tokens", type=int, default=32, help="of an answer (32)")
     parser.add_argument("--images", type=int, help="pictures at once (32 on a GPU, else 1)")
@@ -331,9 +334,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     args.device = check_device(args.device)
     args.images = (32 if args.device.type == "cuda" else 1) if args.images is None else args.images
-    for name, low in (("words", 2), ("tokens", 2), ("images", 1), ("repeat", 1)):
-        if getattr(args, name) < low:
-            raise ValueError(f"{name} is {getattr(args, name)}; expected {low} or more")
+    for name, low in (("layers", 1), ("words", 2), ("tokens", 2), ("images", 1), ("repeat", 1)):
+        if (value := getattr(args, name)) is not None and value < low:
+            raise ValueError(f"{name} is {value}; expected {low} or more")
     if args.gpt_fast and not (args.gpt_fast / "model.py").is_file():
         raise FileNotFoundError(f"no {args.gpt_fast / 'model.py'}; expected a clone of gpt-fast")
     peers = ["transformers"] * bool(importlib.util.find_spec("transformers")) + ["gpt-fast"] * bool(args.gpt_fast)
@@ -354,7 +357,7 @@ def report(args, config, results, peers, speed: float, peak: dict[str, float]) -
         f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")  # fmt: skip
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ["torch", *peers] if name != "gpt-fast")
     flops, length = prefill_flops(config, args.words), config.vision.patches + args.words
-    print(f"{args.size}, {length} tokens of prompt, {args.tokens} of answer; {machine}; {versions}; limits: "
+    print(f"{args.size}, {config.text.layers} layers, {length} tokens of prompt, {args.tokens} of answer; {machine}; {versions}; limits: "
           f"{speed / 1e9:.1f} GB/s, {peak['bfloat16']:.3g} TFLOP/s in bfloat16, {peak['float32']:.3g} in float32")  # fmt: skip
     print(f"{'':22}{'ours':>12}" + "".join(f"{name:>14}{'ratio':>8}" for name in peers) + f"{'of limit':>10}")
 

@@ -57,7 +57,8 @@ SIZES = {
 def config_of(args: argparse.Namespace) -> ViPLLaVAConfig:
     config = SIZES[args.size]
     vision = replace(config.vision, image_size=args.image_size or config.vision.image_size)
-    return replace(config, vision=vision, image_token_id=config.text.vocab_size - 64)
+    text = replace(config.text, layers=args.layers or config.text.layers)
+    return replace(config, vision=vision, text=text, image_token_id=text.vocab_size - 64)
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -209,6 +210,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rank", type=int, default=128, help="of LoRA (128)")
     parser.add_argument("--batch", type=int, default=16, help="samples a step (16)")
     parser.add_argument("--tokens", type=int, default=128, help="words after the image (128)")
+    parser.add_argument("--layers", type=int, help="of the decoder: fewer, to try something out (the size's own)")
     parser.add_argument("--image-size", type=int, help="side of the image in pixels (the size's own)")
     parser.add_argument("--steps", type=int, default=10, help="steps timed of each side (10)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (3)")
@@ -218,9 +220,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--compile", action="store_true", help="our blocks by torch.compile")
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="MFU is a part of it (a matrix product's)")
     args = parser.parse_args(argv)
-    for name, low in (("rank", 1), ("batch", 1), ("tokens", 2), ("steps", 1), ("warmup", 1)):
-        if getattr(args, name) < low:
-            raise ValueError(f"{name} is {getattr(args, name)}; expected {low} or more")
+    for name, low in (("rank", 1), ("batch", 1), ("layers", 1), ("tokens", 2), ("steps", 1), ("warmup", 1)):
+        if (value := getattr(args, name)) is not None and value < low:
+            raise ValueError(f"{name} is {value}; expected {low} or more")
     args.device, low = check_device(args.device), getattr(torch, args.precision)
     with torch.device("meta"):
         model = ViPLLaVA(config_of(args))

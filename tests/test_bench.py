@@ -10,10 +10,10 @@ from commandline import run
 
 def test_training_steps(capsys):
     """Guards against a benchmark that has rotted: without transformers, ours alone is timed."""
-    flags = ["--size", "tiny", "--batch", "1", "--tokens", "8", "--steps", "1", "--warmup", "1", "--device", "cpu"]
+    flags = ["--size", "tiny", "--layers", "2", "--batch", "1", "--tokens", "8", "--steps", "1", "--warmup", "1", "--device", "cpu"]
     assert run(training.main, flags) == 0
     out = capsys.readouterr().out.splitlines()
-    assert "samples/s" in out[1] and json.loads(out[-1])["ours"]["peak"] > 0
+    assert "tiny (2.2 M)" in out[0] and "samples/s" in out[1] and json.loads(out[-1])["ours"]["peak"] > 0
 
 
 def test_records(capsys):
@@ -25,8 +25,10 @@ def test_records(capsys):
 
 def test_speed(capsys):
     """Guards against a benchmark that has rotted, and a side that says other tokens."""
-    assert run(speed.main, ["--size", "tiny", "--words", "4", "--tokens", "3", "--repeat", "1", "--precision", "int8", "--device", "cpu"]) == 0
+    flags = ["--words", "4", "--tokens", "3", "--repeat", "1", "--precision", "int8", "--device", "cpu"]
+    assert run(speed.main, ["--size", "tiny", "--layers", "2", *flags]) == 0
     out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("tiny, 2 layers, ")
     assert [line.split()[0] for line in out[2:7]] == ["decode", "prefill", "load", "…", "second"]
     found = json.loads(out[-1])["results"]["ours int8"]
     assert len(found["answers"][0][2]) == 3 and len(found["turns"]) == 1 and found["peak"] > 0
