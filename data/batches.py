@@ -56,6 +56,7 @@ DRILLS = {  # of what is hard a part, see drills.py; scenes told with textures a
     "options": drills.options,
     "choices": drills.choices,
     "counted": drills.counted,
+    "signs": drills.signs,
     **{f"{kind}-spelled": functools.partial(drills.spelled, kind) for kind in ("v7w", "vcr-choice")},
     **{f"vip-{name}": functools.partial(benchmarks.vip_sample, capability=name) for name in benchmarks.CAPABILITIES},
 }

@@ -7,6 +7,7 @@
 | choices    | which of four looks, places, markers or relations, by its letter                  | v7w, vcr             |
 | spelled    | a benchmark's choice in words first, then its letter                              | v7w, vcr             |
 | counted    | which shape is marked, and where it is seen again, before how often               | pointQA              |
+| signs      | of a lone thing, large or small: which letter or number is on it                  | vip-ocr, vip-math    |
 
 Each is a function of a generator and a size in pixels, as in questions.py; train.py's mixes know them by these names.
 """
@@ -49,6 +50,19 @@ def counted(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
     places = ", ".join(position(made.scene, thing) for thing in things if thing.shape == shape)
     question = "Which shape is the object within the rectangle, and where are all objects of this shape?"
     return replace(looked, turns=(Turn(question, f"{shape}: {places}", image=True), replace(looked.turns[0], image=False)))
+
+
+def signs(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
+    """One thing, as small as in other scenes or as large as the picture, and the letter or number on it. What a letter is
+    shows when it is large and alone; among other things, from ten pixels of it, a small model never finds out."""
+    scene = sample_scene(generator, size, n=1, shapes=scenes.LETTERED)
+    (plain,), (u, turn, *place) = scene.objects, generator.random(4).tolist()
+    radius = (0.11 + 0.37 * u) * min(size)
+    center = tuple(radius + 1 + v * (side - 2 * radius - 2) for v, side in zip(place, size))
+    thing = scenes.make_object(plain.shape, plain.color, "large", center, radius, scenes.ROTATION * (2 * turn - 1))
+    sign = generator.choice(list(scenes.LETTERS + scenes.DIGITS)).item()
+    scene = replace(scene, objects=(replace(thing, text=sign),))
+    return _dialogue(scene, (), [("Which letter or number is it?", sign), ("What is it?", f"{plain.color} {plain.shape}")])
 
 
 def _marked(generator: np.random.Generator, size: tuple[int, int], count: int):

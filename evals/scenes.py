@@ -23,7 +23,7 @@ from evals.benchmark import answer, interval
 from overlay import KINDS
 
 LEFT_OUT = ("texts", "markers", "bold-markers", "bold-marked", "vip-bench")  # ViP-Bench is there in its parts
-MEASURED = [name for name in DRILLS if name.startswith("vip-") or name.endswith("-spelled")]
+MEASURED = [name for name in DRILLS if name.startswith("vip-") or name.endswith("-spelled") or name == "signs"]
 TASKS = [name for name in SCENES if name not in LEFT_OUT and (name not in DRILLS or name in MEASURED)]
 
 

@@ -135,3 +135,21 @@ def test_a_rich_caption_tells_textures_and_signs():
     """Guards against: a drill that draws plain scenes, as "captions" does."""
     texts = [SCENES["rich-captions"](scenes.generator_for("train", 0, i), (64, 64)).turns[0].answer for i in range(40)]
     assert all(any(word in text for text in texts) for word in ("striped", "dotted", "with the letter", "with the number"))
+
+
+def test_a_sign_is_the_one_that_is_drawn():
+    """Guards against another sign on the thing than the one that is said, signs that never come, and things that hang over."""
+    seen, widths = collections.Counter(), []
+    for i in range(400):
+        sample = drills.signs(scenes.generator_for("val", 0, i), (112, 84))
+        (scene,) = sample.open.args
+        (thing,), (asked, what) = scene.objects, sample.turns
+        x0, y0, x1, y1 = thing.box
+        assert 0 <= x0 < x1 <= 112 and 0 <= y0 < y1 <= 84 and not sample.markers
+        assert what.answer == f"{thing.color} {thing.shape}" and (asked.image, what.image) == (True, False)
+        seen[asked.answer] += 1
+        widths.append(x1 - x0)
+        if i < 20:
+            bearing = {sign: dataclasses.replace(scene, objects=(dataclasses.replace(thing, text=sign),)) for sign in (*seen, "")}
+            assert [sign for sign in bearing if scenes.render(bearing[sign]) == sample.image] == [asked.answer]
+    assert len(seen) == 30 and min(widths) < 25 and max(widths) > 70
