@@ -90,8 +90,8 @@ def test_the_python_of_the_readme():
 def test_what_it_can_be_asked(monkeypatch, capsys):
     """Guards against examples in the weights' README that get another answer."""
     readme = (ROOT / "weights" / "tiny" / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```console\n\$ python sample\.py (.*)\n(.*)\n```", readme)
-    assert len(blocks) >= 5
+    blocks = re.findall(r"```console\n\$ python sample\.py (.*?)\n([^\n]*)\n```", readme, re.DOTALL)
+    assert len(blocks) >= 7
     monkeypatch.chdir(ROOT)
     for command, said in blocks:
         sample.main(shlex.split(command))
