@@ -54,7 +54,7 @@ def counted(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
 
 def signs(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
     """One thing, as small as in other scenes or as large as the picture, and the letter or number on it. What a letter is
-    shows when it is large and alone; among other things, from ten pixels of it, a small model never finds out."""
+    shows when it is large and alone: among other things, from ten pixels of it, a small model had not found out."""
     scene = sample_scene(generator, size, n=1, shapes=scenes.LETTERED)
     (plain,), (u, turn, *place) = scene.objects, generator.random(4).tolist()
     radius = (0.11 + 0.37 * u) * min(size)
