@@ -1,7 +1,7 @@
 """The paper's claims, and questions that it leaves open, asked of a small model in a small world.
 
     python -m evals.experiments overlay                  one experiment: RUN/overlay.json and, with matplotlib, .png
-    python -m evals.experiments all --quick              the shape of every figure
+    python -m evals.experiments all --quick --precision bfloat16 --compile      the shape of every figure
     python -m evals.experiments all --device cuda
 
 | experiment | question                                                            | what is trained                 |
@@ -65,7 +65,7 @@ class Plan:
     clip_steps: int = 4000  # of 64 pairs
 
 
-QUICK = Plan(lessons=1200, steps=120, exercises=96, seeds=1, probed=512, clip_steps=24)
+QUICK = Plan(lessons=1200, steps=120, exercises=96, seeds=1, probed=512, clip_steps=8)
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
