@@ -5,8 +5,8 @@
     Part(files).read(device, dtype)          # one tensor after the other, converted
 
 A mapped file's pages come from the disk when they are first touched, and count as memory from then on: so where tensors
-stay as they are, they *are* the file; where they are converted, a file is let go of bit by bit; and a GPU gets them by
-way of two small buffers, of which one is filled while the other travels.
+stay as they are, they *are* the file; where they are converted, a file is let go of bit by bit; and for a GPU
+threads read a .safetensors file into two small buffers, of which one is filled while the other travels: no page is touched.
 """
 
 import itertools
