@@ -38,6 +38,7 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -332,7 +333,8 @@ def _in_polygon(polygon, x, y):
 
 
 class _Inside:
-    """Where a region covers the image. A mask is rasterized within its own bounds only, and its pixels are listed."""
+    """Where a region covers the image. A mask is rasterized within its own bounds only, and its pixels are
+    listed only where one is to be chosen."""
 
     def __init__(self, region, size):
         self.box = x0, y0, x1, y1 = _visible(region.bounds, size)
@@ -341,9 +343,12 @@ class _Inside:
             self.left, self.top = int(x0), int(y0)
             crop = self.left, self.top, min(int(x1) + 1, size[0]), min(int(y1) + 1, size[1])
             self.mask = _raster(region, crop)      # (h, w) of the crop
-            self.pixels = np.flatnonzero(self.mask)
-            if not len(self.pixels):
+            if not self.mask.any():
                 raise ValueError(f"the region within {self.box} covers no pixel of the image")
+
+    @cached_property
+    def pixels(self):
+        return np.flatnonzero(self.mask)
 
     def holds(self, x, y):
         if self.mask is None:
@@ -505,10 +510,11 @@ def _contour(m, crop):
     w, (x0, y0, x1, y1) = m.width, crop
     line = _raster(m.mask, (x0 - w, y0 - w, x1 + w, y1 + w), outline=True)      # w more on each side
     for _ in range(2):
-        grown = line[:len(line) - 2 * w].copy()
-        for i in range(1, 2 * w + 1):
-            grown |= line[i:len(grown) + i]
-        line = grown.T
+        span = 1
+        while span < 2 * w + 1:      # doubled each time: `line` covers `span` pixels
+            step = min(span, 2 * w + 1 - span)
+            line, span = line[:-step] | line[step:], span + step
+        line = line.T
     return line      # of the crop again
 
 
@@ -541,32 +547,37 @@ def _extent(m):
     return math.floor(x0) - margin, math.floor(y0) - margin, math.ceil(x1) + margin + 1, math.ceil(y1) + margin + 1
 
 
-def _stencil(m, crop, level, steps):
-    """One marker within the crop: "L", `level` where it is. Shaft and head share it, so they cannot blend twice."""
+def _stencil(m, crop, steps):
+    """One marker within the crop, black and white. Shaft and head share it, so they cannot blend twice."""
     if m.mask:
-        mask = _contour(m, crop) if m.kind == "mask contour" else _raster(m.mask, crop)
-        return Image.fromarray(mask * np.uint8(level))
+        return Image.fromarray(_contour(m, crop) if m.kind == "mask contour" else _raster(m.mask, crop))
     x0, y0, x1, y1 = crop
-    image = Image.new("L", (x1 - x0, y1 - y0))
-    pen, line = ImageDraw.Draw(image), {"fill": level, "width": m.width}
+    image = Image.new("1", (x1 - x0, y1 - y0))
+    pen, line = ImageDraw.Draw(image), {"fill": 1, "width": m.width}
     points = [(x - x0, y - y0) for x, y in m.points]
     if m.kind == "rectangle":
-        pen.rectangle(points, outline=level, width=m.width)
+        pen.rectangle(points, outline=1, width=m.width)
     elif m.kind == "ellipse":
-        pen.ellipse(points, outline=level, width=m.width)
+        pen.ellipse(points, outline=1, width=m.width)
     elif m.kind == "triangle":
         pen.line([*points, points[0]], joint="curve", **line)
     elif m.kind == "point":
         (x, y), (rx, ry) = points[0], m.radii
-        pen.ellipse((x - rx, y - ry, x + rx, y + ry), fill=level, outline=level)
+        pen.ellipse((x - rx, y - ry, x + rx, y + ry), fill=1, outline=1)
     elif m.kind == "scribble":
         pen.line(_curve(points, steps), **line)
     else:
         pen.line(points, **line)
         (ax, ay), (bx, by) = _barbs(m)
         head = [(ax - x0, ay - y0), points[-1], (bx - x0, by - y0)]
-        pen.polygon(head, fill=level) if m.filled else pen.line(head, **line)
+        pen.polygon(head, fill=1) if m.filled else pen.line(head, **line)
     return image
+
+
+def _tones(color, level):
+    """A table for Image.point, what each value of red, of green and of blue becomes under `level` / 255 of a color."""
+    sums = np.arange(256) * (255 - level) + np.array(color)[:, None] * level
+    return ((sums + 127) // 255).ravel().tolist()      # rounded, as Pillow blends
 
 
 def draw(image: Image.Image, markers: Iterable[Marker]) -> Image.Image:
@@ -577,12 +588,11 @@ def draw(image: Image.Image, markers: Iterable[Marker]) -> Image.Image:
         _check_size(m.mask, image.size)
         x0, y0, x1, y1 = extent = _extent(m)
         crop = max(x0, 0), max(y0, 0), min(x1, image.width), min(y1, image.height)
-        level, stencil = round(255 * m.alpha), None
-        if crop[0] < crop[2] and crop[1] < crop[3]:
-            stencil = _stencil(m, crop, level, int(1000 * scale_of(image.size)))
-        if stencil is None or level and not stencil.getbbox():
+        visible = crop[0] < crop[2] and crop[1] < crop[3]
+        stencil = _stencil(m, crop, int(1000 * scale_of(image.size))) if visible else None
+        if stencil is None or not stencil.getbbox():
             raise ValueError(f"the {m.kind} within {extent} lies outside the image, {image.width} x {image.height}")
-        image.paste(m.color, crop, stencil)      # color * level / 255 + image * (1 - level / 255)
+        image.paste(image.crop(crop).point(_tones(m.color, round(255 * m.alpha))), crop, stencil)
     return image
 
 
