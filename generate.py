@@ -58,7 +58,7 @@ class Memory:
         if self.cache is None or self.cache.slots.numel() < slots:
             slots = min(-(-slots // ROOM) * ROOM, config.text.context)
             start = torch.full((1,), known, device=like.device)
-            new = self.cache.continued(known, start, slots) if known else KVCache(config.text, start, slots, like.dtype)
+            new = self.cache.continued(known, start, slots) if known else KVCache(config.text, start, slots, kept_in(like))
             self.cache = new
         self.cache.length.fill_(known)
         return known
@@ -122,10 +122,15 @@ def _begin(model, rows, patches, shared: bool, more: int, memory: Memory) -> tup
         return embeds[:, known:], memory.cache
     known = common([row[:-1] for row in rows]) if shared else 0
     if not known:
-        return embeds, KVCache(text, start, slots, weight.dtype)
-    beginning = KVCache(text, start[:1] * 0, known, weight.dtype)
+        return embeds, KVCache(text, start, slots, kept_in(weight))
+    beginning = KVCache(text, start[:1] * 0, known, kept_in(weight))
     model.llama(embeds[:1, start[0] : start[0] + known], beginning)
     return embeds[:, known:], beginning.continued(known, start + known, slots)
+
+
+def kept_in(weight: torch.Tensor) -> torch.dtype:
+    """The type of keys and values: the weights', but on a CPU float32, whose attention takes half as long there."""
+    return torch.float32 if weight.device.type == "cpu" else weight.dtype
 
 
 def steps(decode: Callable, logits: torch.Tensor, cache: KVCache, choose: Callable, n: int) -> Iterator[Callable[[], list[int]]]:

@@ -143,8 +143,9 @@ class Attention(nn.Module):
                 old.index_copy_(2, slots, new.to(old.dtype))  # under autocast the new one's is another
             k, v = (k, v) if mask is None else kept  # (B, K, S, D)
         grouped = k.size(1) != q.size(1)  # each key head serves H / K query heads
+        q = q.to(k.dtype)  # a cache may have more bits
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C).to(projected[0].dtype))
 
 
 class MLP(nn.Module):

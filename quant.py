@@ -49,16 +49,32 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 class HalfLinear(nn.Linear):
-    """A linear layer of 16 bits on a CPU: for one row PyTorch's matrix-vector product is faster, where it has
-    instructions for it, and for many rows without them float32."""
+    """A linear layer of 16 bits on a CPU: for one row by PyTorch's own kernel, and for many in float32, where there are
+    no instructions for bfloat16."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         count = x.numel() // x.size(-1)
-        if count == 1 and not WIDE and self.bias is None and x.dtype == torch.bfloat16:
-            return torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], -1)
+        if count == 1:
+            product = opaque_row_product if torch.compiler.is_compiling() else row_product
+            return product(x, self.weight, self.bias)
         kind = product_type(x) if count >= FEW else x.dtype
         bias = None if self.bias is None else self.bias.to(kind)
         return F.linear(x.to(kind), self.weight.to(kind), bias).to(x.dtype)
+
+
+def row_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """F.linear without oneDNN, which would have it: its product of one row reads, depending on the CPU, weights at a
+    quarter to two thirds of memory's speed, PyTorch's own nearly at all of it."""
+    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    try:
+        return F.linear(x, weight, bias)
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+# torch.compile does not look into an operator: here there is a switch, which it can't turn.
+opaque_row_product = torch.library.custom_op("vipllava::row_product", row_product, mutates_args=())
+opaque_row_product.register_fake(lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)))
 
 
 class Int8Linear(nn.Module):
@@ -95,7 +111,7 @@ class Int8Linear(nn.Module):
         if self.packed:
             x = x if isinstance(x, Whole) else whole(x)
             product = opaque_product if torch.compiler.is_compiling() else whole_product
-            return product(x.q, x.size, self.weight, self.scale).to(x.dtype).unflatten(0, x.shape)
+            return product(x.q, x.step, self.weight, self.scale).to(x.dtype).unflatten(0, x.shape)
         rows = rows_of(x)
         if x.device.type == "cpu" and len(rows) < FEW and x.size(-1) % 32 == 0:  # reads beyond the end of others
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16())
@@ -106,45 +122,45 @@ class Int8Linear(nn.Module):
 
 
 class Whole(NamedTuple):
-    """x (…, in) in whole numbers: a coarse one and, for what is left, a fine one, which keep 15 bits of it together."""
+    """x (…, in) in whole numbers of 16 bits, as two of 8: 256 (high - 128) + (low - 128) steps."""
 
-    q: torch.Tensor  # (2 rows, in), all the coarse ones first; 128 stands for 0
-    size: torch.Tensor  # (rows, 1), of a coarse step
+    q: torch.Tensor  # (2 rows, in), all the high ones first
+    step: torch.Tensor  # (rows, 1)
     dtype: torch.dtype  # x's
     shape: tuple[int, ...]  # x's, but for its last
 
 
 def whole(x: torch.Tensor) -> Whole:
-    rows = rows_of(x)
-    size = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-30) / 127
-    fine = rows / size  # -127 … 127
-    coarse = fine.round()
-    both = coarse, fine.sub_(coarse).mul_(254)
-    return Whole(torch.cat([part.add_(128).round_().to(torch.uint8) for part in both]), size, x.dtype, x.shape[:-1])
+    rows = rows_of(x).float()
+    step = torch.linalg.vector_norm(rows, float("inf"), dim=1, keepdim=True).clamp_(min=1e-30) / 32512
+    bits = (rows / step).add_(257 * 128 + 0.5).to(torch.int32)  # 384 … 65408, rounded
+    low, high = bits.view(torch.uint8).unflatten(1, (-1, 4)).unbind(2)[:2]
+    return Whole(torch.cat([high, low]), step, x.dtype, x.shape[:-1])
 
 
-def whole_product(q: torch.Tensor, size: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """q (2 rows, in), size (rows, 1) -> (rows, out) in float32. The only sums are of whole numbers, and exact."""
+def whole_product(q: torch.Tensor, step: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """q (2 rows, in), step (rows, 1) -> (rows, out) in float32. The only sums are of whole numbers, and exact."""
     zero = torch.zeros_like(scale, dtype=torch.int32)
     y = torch.ops.onednn.qlinear_pointwise(q, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
-    return y[: len(size)].add_(y[len(size) :], alpha=1 / 254).mul_(size)
+    high, low = y.view(2, len(step), -1)
+    return low.add_(high, alpha=256).mul_(step)
 
 
-# torch.compile does not look into an operator; what is within this one, Inductor knows from other models' patterns only.
+# Nor need it look into this one, where it would find operators that it knows from other models' patterns only.
 opaque_product = torch.library.custom_op("vipllava::whole_product", whole_product, mutates_args=())
-opaque_product.register_fake(lambda q, size, packed, scale: size.new_empty(len(size), len(scale)))
+opaque_product.register_fake(lambda q, step, packed, scale: step.new_empty(len(step), len(scale)))
 
 
 @cache
 def multiplies_whole_numbers() -> bool:
     """Has this CPU instructions that add products of 8 bits in 32? With older ones sums are cut off at 16."""
-    x, weight = torch.full((1, 512), 127.0), torch.full((512, 512), 127, dtype=torch.int8)
+    x, weight = torch.full((1, 512), 32512.0, dtype=torch.float32), torch.full((512, 512), 127, dtype=torch.int8)
     try:
-        q, size, *_ = whole(x)
-        y = whole_product(q, size, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(512))
+        q, step, *_ = whole(x)
+        y = whole_product(q, step, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(512, dtype=torch.float32))
     except (AttributeError, RuntimeError):  # PyTorch was built without oneDNN
         return False
-    return bool((y == 512 * 127 * 127).all())
+    return bool((y == 512 * 127 * 32512).all())
 
 
 class Int4Linear(nn.Module):

@@ -45,7 +45,7 @@ from bench.training import SIZES, matmul_tflops
 from chat import IMAGE
 from clip import VisionConfig
 from commandline import Parser, check_device, run
-from generate import Memory, compile_steps, generate
+from generate import Memory, compile_steps, generate, kept_in
 from tokenizer import Tokenizer
 from vipllava import ViPLLaVA, ViPLLaVAConfig, expand
 
@@ -126,7 +126,8 @@ class Ours:
         """Bytes that a token has to read: the decoder's weights, and keys and values in the middle of the answer."""
         state = self.model.llama.state_dict()
         text, length = self.model.config.text, len(expand(self.ids, self.model.config.vision.patches))
-        kept = 2 * text.layers * text.kv_heads * text.head_width * self.dtype.itemsize * (length + self.args.tokens // 2)
+        size = kept_in(self.model.llama.embed_tokens.weight).itemsize
+        kept = 2 * text.layers * text.kv_heads * text.head_width * size * (length + self.args.tokens // 2)
         return kept + sum(x.nbytes for name, x in state.items() if not name.startswith("embed_tokens"))
 
     def answer(self) -> tuple[float, float, list[int]]:

@@ -10,7 +10,7 @@ import torch
 
 from cases import NEW_TOKENS, VIPLLAVA, fill, load_golden, random_pixels
 from chat import IMAGE
-from generate import Memory, Replayed, common, compile_steps, delayed, generate
+from generate import Memory, Replayed, common, compile_steps, delayed, generate, kept_in
 from test_vipllava import CONFIG, PROMPTS, inputs_of, model_of, small
 from vipllava import ViPLLaVA, expand
 
@@ -147,6 +147,17 @@ def test_bfloat16_model_takes_float32_pixels():
     """Guards against: pixels or a cache whose type is not the weights'."""
     model, pixels = small()
     assert [len(row) for row in answers(model.bfloat16(), PROMPTS, pixels, max_new_tokens=4)] == [4] * 4
+
+
+def test_a_cpu_keeps_keys_and_values_in_32_bits():
+    """Guards against: attention in 16 bits, which takes a CPU twice as long; a result that stays in 32."""
+    model, pixels = small(3)
+    memory = Memory()
+    assert len(answers(model.bfloat16(), PROMPTS[:1], pixels[:1], max_new_tokens=4, memory=memory)[0]) == 4
+    assert {kept.dtype for kept in sum(memory.cache.layers, ())} == {torch.float32}
+    embeds = torch.randn(1, 3, CONFIG.text.width, dtype=torch.bfloat16)
+    assert model.llama(embeds, memory.cache).dtype == torch.bfloat16
+    assert kept_in(torch.empty(0, device="meta", dtype=torch.bfloat16)) == torch.bfloat16
 
 
 def test_a_prompt_without_image_in_a_batch_without_images():

@@ -93,7 +93,7 @@ def test_every_way_to_multiply_agrees(scheme, dtype, shape, rows):
 @pytest.mark.skipif(
     not torch.cpu._is_vnni_supported() or "ONEDNN_MAX_CPU_ISA" in os.environ, reason="no instructions for 8 bits to test"
 )
-def test_whole_numbers_keep_fifteen_bits():
+def test_whole_numbers_keep_sixteen_bits():
     """Guards against: sums that are cut off at 16 bits, one row's size taken for all, a wrong zero point, another result
     where it is compiled."""
     generator = torch.Generator().manual_seed(1)
@@ -105,7 +105,7 @@ def test_whole_numbers_keep_fifteen_bits():
     x[3], x[4], x[5, 7] = 0, -1, 1e6
     before, y = x.clone(), layer(x)
     assert torch.equal(x, before) and y[3].eq(0).all()
-    limit = x.abs().amax(dim=1, keepdim=True).double() / 127 / 508 * weight.abs().sum(dim=1)  # half a step of each input
+    limit = x.abs().amax(dim=1, keepdim=True).double() / 32512 / 2 * weight.abs().sum(dim=1)  # half a step of each input
     assert ((y - x.double() @ weight.T).abs() <= 1.01 * limit + 1e-6 * y.abs()).all()
     compiled = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), y, rtol=0, atol=0)
@@ -152,9 +152,24 @@ def test_sixteen_bits_may_be_multiplied_in_thirty_two(wide, bias, monkeypatch):
         assert layer(x).dtype == torch.bfloat16 and layer(x[None]).shape == (1, rows, 48)
         assert relative_error(layer(x).float(), expected) < 0.01
     seen = []
-    monkeypatch.setattr(F, "linear", lambda x, weight, bias: seen.append((x.dtype, weight.dtype)) or x)
-    layer(torch.zeros(2, 64, dtype=torch.bfloat16)), layer(torch.zeros(100, 64, dtype=torch.bfloat16))
-    assert seen == [(torch.bfloat16,) * 2, (torch.float32 if wide else torch.bfloat16,) * 2]
+    monkeypatch.setattr(F, "linear", lambda x, w, bias: seen.append((x.dtype, w.dtype, torch.backends.mkldnn.enabled)) or x)
+    for rows in (1, 2, 100):
+        layer(torch.zeros(rows, 64, dtype=torch.bfloat16))
+    many = torch.float32 if wide else torch.bfloat16
+    assert seen == [(torch.bfloat16, torch.bfloat16, False), (torch.bfloat16, torch.bfloat16, True), (many, many, True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_row_leaves_the_switch_as_it_was(dtype):
+    """Guards against: oneDNN off for all that follows, after a mistake, too; another product when compiled."""
+    layer = torch.nn.Linear(64, 48, dtype=dtype)
+    quant.widen(layer)
+    x = torch.randn(1, 1, 64, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+    with pytest.raises(RuntimeError):
+        layer(x[..., :32])
+    assert torch.backends.mkldnn.enabled
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
