@@ -77,9 +77,10 @@ def main(argv: list[str]) -> None:
     model, tokenizer = checkpoint.load(args.model, check_device(args.device), torch.float32)
     where = {"split": args.split, "seed": args.seed, "side": args.side}
     if args.tasks:
+        width = max(map(len, TASKS))
         for task in TASKS:
             found = evaluate(model, tokenizer, args.n, source=task, unmarked=args.unmarked, **where)["all"]
-            print(f"{_line(task, *found)}   the commonest answer {commonest(task, args.n, **where):5.1%}", flush=True)
+            print(f"{_line(task.ljust(width), *found)}   the commonest answer {commonest(task, args.n, **where):5.1%}", flush=True)
         return
     for name, found in evaluate(model, tokenizer, args.n, unmarked=args.unmarked, **where).items():
         print(_line(name, *found))
