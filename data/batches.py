@@ -57,6 +57,8 @@ DRILLS = {  # of what is hard a part, see drills.py; scenes told with textures a
     "choices": drills.choices,
     "counted": drills.counted,
     "signs": drills.signs,
+    "lettered": drills.lettered,
+    "added": drills.added,
     **{f"{kind}-spelled": functools.partial(drills.spelled, kind) for kind in ("v7w", "vcr-choice")},
     **{f"vip-{name}": functools.partial(benchmarks.vip_sample, capability=name) for name in benchmarks.CAPABILITIES},
 }

@@ -8,6 +8,8 @@
 | spelled    | a benchmark's choice in words first, then its letter                              | v7w, vcr             |
 | counted    | which shape is marked, and where it is seen again, before how often               | pointQA              |
 | signs      | of a lone thing, large or small: which letter or number is on it                  | vip-ocr, vip-math    |
+| lettered   | of several things with letters and numbers: which is on each marked one           | vip-ocr              |
+| added      | which numbers are on two marked things, and their sum, asked before or after      | vip-math             |
 
 Each is a function of a generator and a size in pixels, as in questions.py; train.py's mixes know them by these names.
 """
@@ -65,11 +67,38 @@ def signs(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
     return _dialogue(scene, (), [("Which letter or number is it?", sign), ("What is it?", f"{plain.color} {plain.shape}")])
 
 
-def _marked(generator: np.random.Generator, size: tuple[int, int], count: int):
-    """A rich scene with `count` marked things: half of the time by rectangles, alike but for their colors, as in v7w."""
+def lettered(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
+    """One to four things, each with a letter or number: what is on each marked one, and which one bears it."""
+    total = int(generator.integers(1, 5))
+    count = int(generator.integers(1, total + 1))
+    scene, things, markers = _marked(generator, size, count, total, shapes=scenes.LETTERED)
+    borne = dict(zip(scene.objects, generator.permutation(list(scenes.LETTERS + scenes.DIGITS)).tolist()))
+    asked = []
+    for thing, words in zip(things, map(phrase, markers)):
+        sign = f"{'number' if borne[thing] in scenes.DIGITS else 'letter'} {borne[thing]}"
+        asked.append((f"What {sign[:-2]} is on the object {words}?", borne[thing]))
+        if total > 1:
+            asked.append((f"Which object has the {sign}?", f"The object {words}"))
+    return _dialogue(benchmarks.bearing(scene, borne), markers, [asked[k] for k in generator.permutation(len(asked))])
+
+
+def added(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
+    """Two marked things with a number each, and their sum, which is asked for before the numbers or after them."""
+    scene, things, markers = _marked(generator, size, 2, int(generator.integers(2, 5)), shapes=scenes.LETTERED)
+    digits, words = generator.integers(1, 10, size=2).tolist(), list(map(phrase, markers))
+    asked = [(f"What number is on the object {word}?", str(digit)) for word, digit in zip(words, digits)]
+    total = f"What is the sum of the numbers on the objects {words[0]} and {words[1]}?", str(sum(digits))
+    asked.insert(2 * int(generator.integers(2)), total)
+    return _dialogue(benchmarks.bearing(scene, dict(zip(things, map(str, digits)))), markers, asked)
+
+
+def _marked(generator: np.random.Generator, size: tuple[int, int], count: int, total: int | None = None, **options):
+    """A rich scene with `count` marked things: half of the time by rectangles, alike but for their colors, as in v7w.
+    total: things in all, else up to six; options of sample_scene."""
     rectangles = generator.random() < 0.5
     kinds, distribution = (("rectangle",), CONSTANT) if rectangles else (KINDS, RELEASED)
-    drawn = lambda: sample_scene(generator, size, n=int(generator.integers(count, 7)), rich=True)  # noqa: E731
+    many = lambda: total or int(generator.integers(count, 7))  # noqa: E731
+    drawn = lambda: sample_scene(generator, size, n=many(), rich=True, **options)  # noqa: E731
     return scenes.until_marked(drawn, generator, count, kinds, distribution)
 
 
