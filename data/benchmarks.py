@@ -145,6 +145,9 @@ def flickr30k(generator: np.random.Generator, side: int) -> Made:
 # -- ViP-Bench -------------------------------------------------------------------------------------------------------
 
 
+SIGN = "What {} is on the object {}?"
+SUM = "What is the sum of the numbers on the objects {} and {}?"
+
 # (generator, scene, the things that are marked) -> the scene as it is to be, a question, and its truth
 
 
@@ -154,7 +157,7 @@ def _recognise(generator, scene, things):
 
 def _read_letter(generator, scene, things):
     letter = LETTERS[generator.integers(len(LETTERS))]
-    return bearing(scene, {things[0]: letter}), "What letter is on the object <obj>?", letter
+    return bearing(scene, {things[0]: letter}), SIGN.format("letter", "<obj>"), letter
 
 
 def _count_corners(generator, scene, things):
@@ -163,8 +166,7 @@ def _count_corners(generator, scene, things):
 
 def _add(generator, scene, things):
     digits = [DIGITS[i] for i in generator.integers(len(DIGITS), size=2)]
-    question = "What is the sum of the numbers on the objects <obj> and <obj1>?"
-    return bearing(scene, dict(zip(things, digits))), question, str(sum(map(int, digits)))
+    return bearing(scene, dict(zip(things, digits))), SUM.format("<obj>", "<obj1>"), str(sum(map(int, digits)))
 
 
 def _relate(generator, scene, things):

@@ -23,6 +23,7 @@ import numpy as np
 
 from chat import Turn
 from data import benchmarks, scenes
+from data.benchmarks import SIGN, SUM
 from data.readers import LETTER, TRIPLET
 from data.records import Sample
 from data.scenes import Object, Scene, is_clear, look_of, position, render, sample_scene
@@ -76,7 +77,7 @@ def lettered(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
     asked = []
     for thing, words in zip(things, map(phrase, markers)):
         sign = f"{'number' if borne[thing] in scenes.DIGITS else 'letter'} {borne[thing]}"
-        asked.append((f"What {sign[:-2]} is on the object {words}?", borne[thing]))
+        asked.append((SIGN.format(sign[:-2], words), borne[thing]))
         if total > 1:
             asked.append((f"Which object has the {sign}?", f"The object {words}"))
     return _dialogue(benchmarks.bearing(scene, borne), markers, [asked[k] for k in generator.permutation(len(asked))])
@@ -86,9 +87,8 @@ def added(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
     """Two marked things with a number each, and their sum, which is asked for before the numbers or after them."""
     scene, things, markers = _marked(generator, size, 2, int(generator.integers(2, 5)), shapes=scenes.LETTERED)
     digits, words = generator.integers(1, 10, size=2).tolist(), list(map(phrase, markers))
-    asked = [(f"What number is on the object {word}?", str(digit)) for word, digit in zip(words, digits)]
-    total = f"What is the sum of the numbers on the objects {words[0]} and {words[1]}?", str(sum(digits))
-    asked.insert(2 * int(generator.integers(2)), total)
+    asked = [(SIGN.format("number", word), str(digit)) for word, digit in zip(words, digits)]
+    asked.insert(2 * int(generator.integers(2)), (SUM.format(*words), str(sum(digits))))
     return _dialogue(benchmarks.bearing(scene, dict(zip(things, map(str, digits)))), markers, asked)
 
 

@@ -153,3 +153,51 @@ def test_a_sign_is_the_one_that_is_drawn():
             bearing = {sign: dataclasses.replace(scene, objects=(dataclasses.replace(thing, text=sign),)) for sign in (*seen, "")}
             assert [sign for sign in bearing if scenes.render(bearing[sign]) == sample.image] == [asked.answer]
     assert len(seen) == 30 and min(widths) < 25 and max(widths) > 70
+
+
+def _borne(sample) -> dict[str, str]:
+    """A rectangle's words -> the sign on the thing in it, as drawn; nothing, where some are marked otherwise."""
+    (scene,) = sample.open.args
+    texts = {tuple(map(round, thing.box)): thing.text for thing in scene.objects}
+    if {m.kind for m in sample.markers} != {"rectangle"}:
+        return {}
+    return {phrase(m): texts[tuple(map(round, np.ravel(m.points)))] for m in sample.markers}
+
+
+def test_what_is_on_marked_things_is_told():
+    """Guards against a sign of another thing than the one that is marked or told; things without one; a number that is
+    called a letter."""
+    asked, seen = collections.Counter(), set()
+    for i in range(150):
+        sample = drills.lettered(scenes.generator_for("val", 0, i), (112, 112))
+        (scene,), borne = sample.open.args, _borne(sample)
+        signs = [thing.text for thing in scene.objects]
+        assert all(signs) and len(set(signs)) == len(signs) <= 4
+        assert [turn.image for turn in sample.turns] == [k == 0 for k in range(len(sample.turns))]
+        seen |= set(signs)
+        for turn in sample.turns if borne else ():
+            words = next(words for words in borne if words in turn.question + turn.answer)
+            what = "number" if borne[words].isdigit() else "letter"
+            if turn.question.startswith("Which"):
+                assert (turn.question, turn.answer) == (f"Which object has the {what} {borne[words]}?", f"The object {words}")
+            else:
+                assert (turn.question, turn.answer) == (f"What {what} is on the object {words}?", borne[words])
+            asked[turn.question[:5], len(scene.objects)] += 1
+    assert len(seen) == 30 and len(asked) == 7  # nobody asks which object of one
+
+
+def test_a_sum_is_that_of_the_numbers_that_are_drawn():
+    """Guards against numbers of other things, a sum that always comes first or last, and another question for it than ViP-Bench's."""
+    places = collections.Counter()
+    for i in range(60):
+        sample = drills.added(scenes.generator_for("val", 0, i), (112, 112))
+        (scene,), borne = sample.open.args, _borne(sample)
+        (place,) = (k for k, turn in enumerate(sample.turns) if "sum" in turn.question)
+        numbers = [turn.answer for turn in sample.turns if "sum" not in turn.question]
+        assert int(sample.turns[place].answer) == sum(map(int, numbers)) and sample.turns[0].image
+        assert sorted(thing.text for thing in scene.objects if thing.text) == sorted(numbers)
+        assert sample.turns[place].question == benchmarks.SUM.format(*map(phrase, sample.markers))
+        if borne:
+            assert list(borne.values()) == numbers
+        places[place] += 1
+    assert set(places) == {0, 2}
