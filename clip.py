@@ -243,7 +243,8 @@ class CLIPVision(nn.Module):
         self.post_layernorm = nn.LayerNorm(C, eps=config.eps)  # only the contrastive head uses it
         nn.init.normal_(self.class_embedding, std=0.02)
         self.apply(_init_weights)
-        self.position_embedding.weight.data[1:] = _waves(config.image_size // P, C)
+        if not self.class_embedding.is_meta:  # else all values are still to come
+            self.position_embedding.weight.data[1:] = _waves(config.image_size // P, C)
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """pixels (B, 3, S, S) -> hidden state 0, (B, 1 + N, C)."""

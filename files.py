@@ -115,6 +115,10 @@ class Part:
         """Of the first tensor that is not quantised, and in a checkpoint of one piece of all."""
         return next(x.dtype for name, x in self.tensors.items() if not self.quantized(name))
 
+    def _groups(self, file: Path) -> Iterator[list[str]]:
+        sizes = {theirs: x.nbytes for theirs, x in open_file(file).items()}
+        return groups(sizes, max(sum(sizes.values()) // 32, SMALL))
+
     def read(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor as `dtype` (what is quantised: as it is) on `device`.
 
@@ -125,8 +129,7 @@ class Part:
         as_is = device.type == "cpu" and all(x.dtype == wanted[name] for name, x in self.tensors.items())
         carrier = Carrier(device) if device.type == "cuda" else None
         for file in self.files:
-            sizes = {theirs: x.nbytes for theirs, x in open_file(file).items()}
-            for some in [sizes] if as_is else groups(sizes, max(sum(sizes.values()) // 32, SMALL)):
+            for some in [None] if as_is else self._groups(file):
                 tensors = self.open(file, some, carrier.open if carrier else open_file)
                 for name in list(tensors):
                     x = tensors.pop(name)
