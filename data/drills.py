@@ -56,11 +56,11 @@ def counted(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
 
 
 def signs(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
-    """One thing, as small as in other scenes or as large as the picture, and the letter or number on it. What a letter is
+    """One thing, mostly as small as in other scenes, at most as large as the picture, and what is on it. What a letter is
     shows when it is large and alone: among other things, from ten pixels of it, a small model had not found out."""
     scene = sample_scene(generator, size, n=1, shapes=scenes.LETTERED)
     (plain,), (u, turn, *place) = scene.objects, generator.random(4).tolist()
-    radius = (0.11 + 0.37 * u) * min(size)
+    radius = (0.11 + 0.37 * u * u) * min(size)
     center = tuple(radius + 1 + v * (side - 2 * radius - 2) for v, side in zip(place, size))
     thing = scenes.make_object(plain.shape, plain.color, "large", center, radius, scenes.ROTATION * (2 * turn - 1))
     sign = generator.choice(list(scenes.LETTERS + scenes.DIGITS)).item()
