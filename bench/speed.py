@@ -259,8 +259,8 @@ def bandwidth(device: torch.device) -> float:
 
 
 def limits(device: torch.device) -> tuple[float, ...]:
-    """Bytes a second, and TFLOP/s in each of WIDTHS. Taken before and after the race, as others may slow a machine down
-    for minutes: the most counts."""
+    """Bytes a second, and TFLOP/s in each of WIDTHS. Taken before and after the race, and their mean counts: on a machine
+    that is shared with others both change by the minute."""
     found = bandwidth(device), *(matmul_tflops(device, getattr(torch, kind)) for kind in WIDTHS)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # all memory is the race's
@@ -357,7 +357,7 @@ def main(argv: list[str]) -> None:
         for group in (["bfloat16", "int8", "int4"], ["float32"]):
             if ours := [("ours", precision) for precision in args.precision if precision in group]:
                 results |= race(args, f"{folder}/model", ours + [(peer, group[0]) for peer in peers])
-    speed, *peaks = map(max, before, limits(args.device))
+    speed, *peaks = map(statistics.mean, zip(before, limits(args.device)))
     report(args, config, results, peers, speed, dict(zip(WIDTHS, peaks)))
 
 
