@@ -1,7 +1,7 @@
-"""Weights in 8 or 4 bits: a decoder that reads half or a quarter as many bytes for a token, and so takes as much less time.
+"""Weights in 8 or 4 bits: a decoder that reads half or a quarter as many bytes for a token.
 
-Each token that is generated needs every weight once, and fetching them is what takes the time. So only they are made
-smaller; what is computed with stays in 16 or 32 bits ("weight-only"):
+Each token that is generated needs every weight once, and fetching them is what takes the time, as far as kernels keep up
+(README says how far). So only they are made smaller; what is computed with stays in 16 or 32 bits ("weight-only"):
 
     int8   w ≈ scale · q            q = -127 … 127, a scale for each row (each output)
     int4   w ≈ scale · q + low      q = 0 … 15, a scale and a lowest value for each GROUP of a row's inputs
