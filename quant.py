@@ -34,13 +34,15 @@ SOME = 128  # and 4 bits
 TARGET = re.compile(r"llama\.(lm_head|layers\.\d+\.(self_attn|mlp)\.\w+_proj)\.(weight|scale|low)")
 
 
-# Is this a CPU without instructions for bfloat16? Then float32 is faster, once there are many rows.
-WIDE = torch.backends.cpu.get_cpu_capability() == "AVX2" or not torch.cpu._is_avx512_bf16_supported()
+# Types for which a CPU has no instructions: float32 is faster, once there are many rows. Nearly none has any for float16.
+WIDE = {torch.float16}
+if torch.backends.cpu.get_cpu_capability() == "AVX2" or not torch.cpu._is_avx512_bf16_supported():
+    WIDE.add(torch.bfloat16)
 
 
 def product_type(x: torch.Tensor) -> torch.dtype:
     """In which a product of many rows is fastest."""
-    return torch.float32 if WIDE and x.device.type == "cpu" else x.dtype
+    return torch.float32 if x.dtype in WIDE and x.device.type == "cpu" else x.dtype
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +52,7 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 class HalfLinear(nn.Linear):
     """A linear layer of 16 bits on a CPU: for one row by PyTorch's own kernel, and for many in float32, where there are
-    no instructions for bfloat16."""
+    no instructions for its type."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         count = x.numel() // x.size(-1)

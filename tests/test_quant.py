@@ -141,7 +141,7 @@ def test_a_layout_that_is_not_known_is_left_to_its_kernel():
 @pytest.mark.parametrize("bias", [False, True])
 def test_sixteen_bits_may_be_multiplied_in_thirty_two(wide, bias, monkeypatch):
     """Guards against: a type that leaks out; on a CPU without bfloat16 the sum over inputs is exact in float32."""
-    monkeypatch.setattr(quant, "WIDE", wide)
+    monkeypatch.setattr(quant, "WIDE", {torch.bfloat16} if wide else set())
     layer = torch.nn.Linear(64, 48, bias=bias, dtype=torch.bfloat16)
     model = torch.nn.Sequential(layer)
     quant.widen(model)
@@ -157,6 +157,13 @@ def test_sixteen_bits_may_be_multiplied_in_thirty_two(wide, bias, monkeypatch):
         layer(torch.zeros(rows, 64, dtype=torch.bfloat16))
     many = torch.float32 if wide else torch.bfloat16
     assert seen == [(torch.bfloat16, torch.bfloat16, False), (torch.bfloat16, torch.bfloat16, True), (many, many, True)]
+
+
+def test_many_rows_of_float16_are_multiplied_in_thirty_two():
+    """Guards against: PyTorch's plain loop for a prompt, which takes twenty times as long as in bfloat16."""
+    kinds = {kind: quant.product_type(torch.empty(0, dtype=kind)) for kind in (torch.float16, torch.float32)}
+    assert set(kinds.values()) == {torch.float32}
+    assert quant.product_type(torch.empty(0, dtype=torch.float16, device="meta")) == torch.float16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
