@@ -115,10 +115,6 @@ class Part:
         """Of the first tensor that is not quantised, and in a checkpoint of one piece of all."""
         return next(x.dtype for name, x in self.tensors.items() if not self.quantized(name))
 
-    def _groups(self, file: Path) -> Iterator[list[str]]:
-        sizes = {theirs: x.nbytes for theirs, x in open_file(file).items()}
-        return groups(sizes, max(sum(sizes.values()) // 32, SMALL))
-
     def read(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor as `dtype` (what is quantised: as it is) on `device`.
 
@@ -129,7 +125,11 @@ class Part:
         as_is = device.type == "cpu" and all(x.dtype == wanted[name] for name, x in self.tensors.items())
         carrier = Carrier(device) if device.type == "cuda" else None
         for file in self.files:
-            for some in [None] if as_is else self._groups(file):
+            pieces = [None]
+            if not as_is:
+                sizes = {theirs: x.nbytes for theirs, x in open_file(file).items()}
+                pieces = groups(sizes, max(sum(sizes.values()) // 32, SMALL))
+            for some in pieces:
                 tensors = self.open(file, some, carrier.open if carrier else open_file)
                 for name in list(tensors):
                     x = tensors.pop(name)

@@ -34,7 +34,7 @@ SOME = 128  # and 4 bits
 TARGET = re.compile(r"llama\.(lm_head|layers\.\d+\.(self_attn|mlp)\.\w+_proj)\.(weight|scale|low)")
 
 
-# Types for which a CPU has no instructions: float32 is faster, once there are many rows. Nearly none has any for float16.
+# Types for which this CPU has no instructions: float32 is faster, once there are many rows. Few CPUs have any for float16.
 WIDE = {torch.float16}
 if torch.backends.cpu.get_cpu_capability() == "AVX2" or not torch.cpu._is_avx512_bf16_supported():
     WIDE.add(torch.bfloat16)

@@ -56,8 +56,9 @@ def counted(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
 
 
 def signs(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
-    """One thing, mostly as small as in other scenes, at most as large as the picture, and what is on it. What a letter is
-    shows when it is large and alone: among other things, from ten pixels of it, a small model had not found out."""
+    """One thing, nearly half of the time as small as in other scenes, at most as large as the picture, and what is on it.
+    What a letter is shows when it is large and alone: among other things, from ten pixels of it, a small model had not
+    found out."""
     scene = sample_scene(generator, size, n=1, shapes=scenes.LETTERED)
     (plain,), (u, turn, *place) = scene.objects, generator.random(4).tolist()
     radius = (0.11 + 0.37 * u * u) * min(size)
@@ -76,10 +77,11 @@ def lettered(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
     borne = dict(zip(scene.objects, generator.permutation(list(scenes.LETTERS + scenes.DIGITS)).tolist()))
     asked = []
     for thing, words in zip(things, map(phrase, markers)):
-        sign = f"{'number' if borne[thing] in scenes.DIGITS else 'letter'} {borne[thing]}"
-        asked.append((SIGN.format(sign[:-2], words), borne[thing]))
+        sign = borne[thing]
+        kind = "number" if sign in scenes.DIGITS else "letter"
+        asked.append((SIGN.format(kind, words), sign))
         if total > 1:
-            asked.append((f"Which object has the {sign}?", f"The object {words}"))
+            asked.append((f"Which object has the {kind} {sign}?", f"The object {words}"))
     return _dialogue(benchmarks.bearing(scene, borne), markers, [asked[k] for k in generator.permutation(len(asked))])
 
 
@@ -97,8 +99,10 @@ def _marked(generator: np.random.Generator, size: tuple[int, int], count: int, t
     total: things in all, else up to six; options of sample_scene."""
     rectangles = generator.random() < 0.5
     kinds, distribution = (("rectangle",), CONSTANT) if rectangles else (KINDS, RELEASED)
-    many = lambda: total or int(generator.integers(count, 7))  # noqa: E731
-    drawn = lambda: sample_scene(generator, size, n=many(), rich=True, **options)  # noqa: E731
+
+    def drawn() -> Scene:
+        return sample_scene(generator, size, n=total or int(generator.integers(count, 7)), rich=True, **options)
+
     return scenes.until_marked(drawn, generator, count, kinds, distribution)
 
 
