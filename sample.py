@@ -6,7 +6,7 @@
     python sample.py --image photo.jpg --point 64,80:radius=6 --show marked.png --json
     python sample.py --image photo.jpg --ellipse 20,30,200,180 --chat
 
-The method is `ask`, the first function below. The rest reads what a person typed, and says what is wrong with it.
+The method is `ask`, the first function below. pointing.py reads the markers that a person typed.
 
   * Coordinates are pixels of the image as a person sees it (upright), x to the right, y down; widths and radii too.
   * Markers are drawn in the order of their flags. {1}, {2}, … in the question become the words that point at them.
@@ -33,10 +33,11 @@ from PIL import Image
 import checkpoint
 import hub
 from chat import IMAGE, TEMPLATES, Turn, encode_chat, stop_ids
-from clip import open_image, preprocess, read_mask
+from clip import open_image, preprocess
 from commandline import Parser, check_device, complain, run
 from generate import Memory, compile_steps, generate, room
-from overlay import COLORS, Marker, Region, draw, make_marker, phrase, rgb_of
+from overlay import Marker, draw, phrase
+from pointing import FLAGS, fill_in, place, short
 from tokenizer import Stream, Tokenizer
 from vipllava import expand
 
@@ -58,123 +59,6 @@ def _speak(tokens: Iterator[list[int]], stream: Stream) -> Iterator[tuple[int | 
         if stream.stopped:
             break
     yield None, stream.flush()
-
-
-# -- markers: what a person typed -> what is drawn -------------------------------------------------------------------
-
-LINE = ("color", "width", "alpha")
-POLYGON = "x0,y0,x1,y1,x2,y2,… (a polygon) or a PNG file (every pixel that is not 0)"
-FLAGS = {  # flag: overlay's kind, what its value looks like, how many numbers that may be, its options
-    "rectangle": ("rectangle", "x0,y0,x1,y1", [4], LINE),
-    "ellipse": ("ellipse", "x0,y0,x1,y1 (the box around it)", [4], LINE),
-    "arrow": ("arrow", "x,y (tip) or x0,y0,x1,y1 (tail, tip)", [2, 4], (*LINE, "head")),
-    "point": ("point", "x,y", [2], ("color", "radius", "alpha")),
-    "triangle": ("triangle", "x0,y0,x1,y1 (the box around it) or x0,y0,x1,y1,x2,y2", [4, 6], LINE),
-    "scribble": ("scribble", "x0,y0,x1,y1,… (2 or more points)", range(4, 10**6, 2), LINE),
-    "mask": ("mask", POLYGON, range(6, 10**6, 2), ("color", "alpha")),
-    "contour": ("mask contour", POLYGON, range(6, 10**6, 2), LINE),
-}
-
-
-def _between(kind, low, high):
-    """A reader of numbers, whole (int) or not (float), from low to high."""
-
-    def read(text):
-        value = kind(text)
-        if not low <= value <= high:  # NaN is not
-            raise ValueError
-        return value
-
-    return read
-
-
-OPTIONS = {  # name: reader, what is right, name in overlay.make_marker
-    "color": (rgb_of, f"#rrggbb or one of {', '.join(COLORS)}", "color"),
-    "width": (_between(int, 1, 10_000), "a whole number of pixels, 1 or more", "width"),
-    "alpha": (_between(float, 1 / 255, 1), "a number from 1/255 (hardly visible) to 1 (opaque)", "alpha"),
-    "radius": (_between(float, 0.5, 10_000), "a number of pixels, 0.5 or more", "radius"),
-    "head": ({"filled": True, "open": False}.__getitem__, "filled or open", "filled"),
-}
-
-
-def parse_marker(flag: str, text: str) -> tuple[list[float] | str, dict]:
-    """ "210,140:color=blue" -> ([210.0, 140.0], {"color": (0, 0, 255)}): numbers, or a mask's path, and the style.
-
-    Options follow the last colon, unless that is a drive's (C:) or a slash follows it; so a path that holds a colon
-    itself can be written with another one at its end. ValueError where `text` isn't what FLAGS and OPTIONS say.
-    """
-    kind, form, counts, names = FLAGS[flag]
-    where, options = re.fullmatch(r"(.*?)(?:(?<!^[A-Za-z]):([^:/\\]*))?", text, re.DOTALL).groups()
-    try:
-        geometry = [float(number) for number in where.split(",")]
-    except ValueError:
-        geometry = where
-    if isinstance(geometry, str) and (not where.strip() or "mask" not in kind):
-        raise ValueError(f"expected {form}, got {_short(where)}")
-    if isinstance(geometry, list) and len(geometry) not in counts:
-        raise ValueError(f"expected {form}, got {len(geometry)} number{'s' * (len(geometry) > 1)}")
-    style = {}
-    for option in options.split(",") if options else ():
-        name, _, value = option.partition("=")
-        if name not in names:
-            raise ValueError(f"unknown option {_short(option)}; expected {'=… or '.join(names)}=…")
-        read, right, keyword = OPTIONS[name]
-        if keyword in style:
-            raise ValueError(f"{name} is given twice; expected it once")
-        try:
-            style[keyword] = read(value)
-        except (ValueError, KeyError):
-            raise ValueError(f"{name} is {value!r}; expected {right}") from None
-    return geometry, style
-
-
-def place(flag: str, text: str, image: Image.Image) -> Marker:
-    """The marker that `--flag text` means on this image; ValueError, with both, where it is none that can be seen."""
-    kind = FLAGS[flag][0]
-    try:
-        geometry, style = parse_marker(flag, text)
-        for name in ("width", "radius"):
-            if style.get(name, 0) > (side := max(image.size)):
-                raise ValueError(f"{name} is {style[name]}; expected at most the image's longer side, {side}")
-        if isinstance(geometry, str):
-            if not os.path.isfile(geometry):
-                raise ValueError(f"no such file; expected {FLAGS[flag][1]}")
-            geometry = read_mask(geometry)
-        elif "mask" in kind:
-            geometry = [geometry]  # one polygon
-        elif kind == "triangle" and len(geometry) == 4:
-            x0, y0, x1, y1 = Region(box=geometry).box
-            geometry = [(x0 + x1) / 2, y0, x1, y1, x0, y1]
-        placed = make_marker(kind, geometry, image.size, **style)
-        draw(image, [placed])  # refuses what lies outside
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{flag} {_short(text)}: {error}") from None
-    return placed
-
-
-def fill_in(question: str | None, markers: list[Marker]) -> str:
-    """The question with marker 1's phrase for {1}, and so on; other braces are text. None asks about the first."""
-    if question is None and markers:
-        question = "What is {1}?"
-    if not (question or "").strip():
-        raise ValueError("there is no question; expected one in quotes, or a marker to ask about, as --arrow 40,60")
-    try:
-        question.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the question has {question[error.start]!r}, half a character; expected Unicode") from None
-
-    def words(match):
-        number = int(match[1])
-        if not 1 <= number <= len(markers):
-            known = " or ".join(f"{{{i}}}" for i in range(1, len(markers) + 1)) or "none, as there is no marker"
-            raise ValueError(f"the question mentions marker {match[0]}; expected {known}")
-        return phrase(markers[number - 1])
-
-    return re.sub(r"\{([0-9]+)\}", words, question)
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "…")
 
 
 # -- one answer ------------------------------------------------------------------------------------------------------
@@ -391,7 +275,7 @@ def check(args: argparse.Namespace) -> None:
     if args.image is None:
         raise ValueError("there is no image; expected --image and its file")
     if len(args.question) > 1:
-        first, second = map(_short, args.question[:2])
+        first, second = map(short, args.question[:2])
         raise ValueError(f"more than one question, {first} and {second}; expected one, in quotes")
     for flag, right, fine in (
         ("temperature", "a number, 0 or more", lambda value: 0 <= value < math.inf),

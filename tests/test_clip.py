@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from cases import CONTRASTIVE, IMAGE_SIZES, IMAGES, VISION, contrastive_ids, fill, load_golden, random_image
 from cases import random_pixels, relative_error
 from clip import CLIP, MEAN, PAD_COLOR, STD, CLIPText, CLIPVision, TextConfig, VisionConfig
-from clip import open_image, preprocess, upright
+from clip import open_image, preprocess, read_mask, upright
 
 TOLERANCE = 1e-5
 
@@ -445,6 +445,26 @@ def test_the_image_given_is_left_alone():
     before = image.tobytes(), image.size
     upright(image)
     assert (image.tobytes(), image.size) == before
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "I;16", "P", "RGB", "RGBA", "LA"])
+def test_a_mask_is_what_is_not_0(mode, tmp_path):
+    """Guards against a mask of 0 and 1 read as black, a 16-bit one cut to its high byte, a palette's colors ignored,
+    and transparent parts taken for white."""
+    true = np.zeros((40, 60), bool)
+    true[5:9, 6:20] = True
+    if mode == "P":
+        image = Image.fromarray(true.astype(np.uint8)).convert("P")
+        image.putpalette([0, 0, 0, 128, 0, 0])
+    elif mode in ("RGBA", "LA"):
+        image = Image.new(mode, (60, 40), "white")
+        image.putalpha(Image.fromarray(true))
+    else:
+        ones = true.astype(np.uint16 if mode == "I;16" else np.uint8)
+        image = Image.fromarray(ones if mode == "I;16" else ones * (255 if mode == "1" else 1)).convert(mode)
+    assert image.mode == mode
+    image.save(tmp_path / "some.png")
+    assert (read_mask(tmp_path / "some.png") == true).all()
 
 
 def test_an_open_image_stays_usable(tmp_path):

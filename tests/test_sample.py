@@ -37,7 +37,8 @@ from chat import HUMAN, Turn, encode_chat
 from clip import VisionConfig, open_image
 from commandline import run
 from llama import LlamaConfig
-from overlay import KINDS, draw, make_marker, phrase
+from overlay import draw, make_marker, phrase
+from pointing import FLAGS
 from tokenizer import Tokenizer
 from vipllava import ViPLLaVA, ViPLLaVAConfig
 
@@ -317,34 +318,6 @@ def test_ctrl_c_while_loading(here, monkeypatch):
 # -- markers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flag, text, expected", [
-    ("arrow", "210,140", ([210, 140], {})),
-    ("arrow", " 210 , 140 ", ([210, 140], {})),
-    ("arrow", "210,140:", ([210, 140], {})),
-    ("arrow", "-1.5,2e1,3,4:head=open", ([-1.5, 20, 3, 4], {"filled": False})),
-    ("rectangle", "1,2,3,4:color=#0102ff,width=4", ([1, 2, 3, 4], {"color": (1, 2, 255), "width": 4})),
-    ("ellipse", "1,2,3,4:alpha=0.7", ([1, 2, 3, 4], {"alpha": 0.7})),
-    ("point", "5,6:radius=2.5", ([5, 6], {"radius": 2.5})),
-    ("mask", "1,2,3,4,5,6:color=blue", ([1, 2, 3, 4, 5, 6], {"color": (0, 0, 255)})),
-    ("mask", "a.png", ("a.png", {})),
-    ("mask", "C:\\masks\\a.png", ("C:\\masks\\a.png", {})),
-    ("mask", "C:/masks/a.png", ("C:/masks/a.png", {})),
-    ("mask", "C:a.png", ("C:a.png", {})),
-    ("mask", "C:\\masks\\a.png:color=red", ("C:\\masks\\a.png", {"color": (255, 0, 0)})),
-    ("contour", "/tmp/a=1,b.png:width=2", ("/tmp/a=1,b.png", {"width": 2})),
-    ("contour", "/tmp/a:b/c=1,2.png", ("/tmp/a:b/c=1,2.png", {})),
-    ("contour", "a:b.png:", ("a:b.png", {})),
-])  # fmt: skip
-def test_a_marker_is_parsed(flag, text, expected):
-    """Guards against options cut off at a drive's colon or sought inside a path, and numbers read as a path."""
-    assert sample.parse_marker(flag, text) == expected
-
-
-def test_every_kind_has_a_flag():
-    """Guards against a kind that can't be drawn from the command line."""
-    assert sorted(kind for kind, *_ in sample.FLAGS.values()) == sorted(KINDS)
-
-
 ALL = {
     "rectangle": "20,30,200,180", "ellipse": "20,30,200,180", "arrow": "210,140", "point": "64,80",
     "triangle": "20,30,200,180", "scribble": "30,40,60,80,90,50", "mask": "mask.png", "contour": "mask.png",
@@ -360,9 +333,9 @@ def test_every_kind_is_drawn(flag, here):
     assert status == 0, err
     saved = np.asarray(Image.open(shown))
     shown.unlink()
-    geometry = sample.read_mask(ALL[flag]) if "mask" in ALL[flag] else [float(v) for v in ALL[flag].split(",")]
+    geometry = clip.read_mask(ALL[flag]) if "mask" in ALL[flag] else [float(v) for v in ALL[flag].split(",")]
     geometry = [110, 30, 200, 180, 20, 180] if flag == "triangle" else geometry
-    marker = make_marker(sample.FLAGS[flag][0], geometry, SIZE, color="blue", alpha=1)
+    marker = make_marker(FLAGS[flag][0], geometry, SIZE, color="blue", alpha=1)
     assert (saved == np.asarray(draw(image, [marker]))).all() and (saved == (0, 0, 255)).all(axis=2).sum() > 50
     assert not list(here.glob("*.part*"))
 
@@ -381,27 +354,6 @@ def test_flags_are_drawn_in_their_order(order, here):
 def test_a_negative_coordinate_is_no_flag(here):
     """Guards against argparse, which takes "-5,10,…" for an unknown flag; boxes may reach over the border."""
     assert ask("--image", "photo.jpg", "--rectangle", "-5,10,60,70", "--max-new-tokens", "1")[0] == 0
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "I;16", "P", "RGB", "RGBA", "LA"])
-def test_a_mask_is_what_is_not_0(mode, here):
-    """Guards against a mask of 0 and 1 read as black, a 16-bit one cut to its high byte, a palette's colors ignored,
-    and transparent parts taken for white."""
-    true = np.zeros((SIZE[1], SIZE[0]), bool)
-    true[50:90, 60:200] = True
-    if mode == "P":
-        image = Image.fromarray(true.astype(np.uint8)).convert("P")
-        image.putpalette([0, 0, 0, 128, 0, 0])
-    elif mode in ("RGBA", "LA"):
-        image = Image.new(mode, SIZE, "white")
-        image.putalpha(Image.fromarray(true))
-    else:
-        ones = true.astype(np.uint16 if mode == "I;16" else np.uint8)
-        image = Image.fromarray(ones if mode == "I;16" else ones * (255 if mode == "1" else 1)).convert(mode)
-    assert image.mode == mode
-    image.save("some.png")
-    assert (sample.read_mask("some.png") == true).all()
-    Path("some.png").unlink()
 
 
 def test_a_marker_is_placed_on_the_image_that_a_person_sees(here):
@@ -456,16 +408,6 @@ def test_the_marked_image_is_written_whole_or_not_at_all(here, monkeypatch):
 
 
 # -- questions and answers -------------------------------------------------------------------------------------------
-
-
-def test_placeholders():
-    """Guards against phrases in the wrong order, and against braces that are no placeholder being read as one."""
-    markers = [make_marker("arrow", [9, 9], SIZE), make_marker("rectangle", [1, 2, 3, 4], SIZE, color="#102030")]
-    fill_in = sample.fill_in
-    assert fill_in("{2} or {1}, {x} {} {{1}}?", markers) == (
-        "within the rectangle or pointed to by the red arrow, {x} {} {pointed to by the red arrow}?")  # fmt: skip
-    assert fill_in(None, markers) == "What is pointed to by the red arrow?"
-    assert fill_in("What is this?", []) == "What is this?"
 
 
 def test_json(here):

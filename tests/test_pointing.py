@@ -1,0 +1,45 @@
+"""What a person typed: is it the marker that was meant, and are the words the marker's? Mistakes are in test_sample.py."""
+
+import pytest
+
+from overlay import KINDS, make_marker
+from pointing import FLAGS, fill_in, parse_marker
+
+SIZE = (400, 300)
+
+
+@pytest.mark.parametrize("flag, text, expected", [
+    ("arrow", "210,140", ([210, 140], {})),
+    ("arrow", " 210 , 140 ", ([210, 140], {})),
+    ("arrow", "210,140:", ([210, 140], {})),
+    ("arrow", "-1.5,2e1,3,4:head=open", ([-1.5, 20, 3, 4], {"filled": False})),
+    ("rectangle", "1,2,3,4:color=#0102ff,width=4", ([1, 2, 3, 4], {"color": (1, 2, 255), "width": 4})),
+    ("ellipse", "1,2,3,4:alpha=0.7", ([1, 2, 3, 4], {"alpha": 0.7})),
+    ("point", "5,6:radius=2.5", ([5, 6], {"radius": 2.5})),
+    ("mask", "1,2,3,4,5,6:color=blue", ([1, 2, 3, 4, 5, 6], {"color": (0, 0, 255)})),
+    ("mask", "a.png", ("a.png", {})),
+    ("mask", "C:\\masks\\a.png", ("C:\\masks\\a.png", {})),
+    ("mask", "C:/masks/a.png", ("C:/masks/a.png", {})),
+    ("mask", "C:a.png", ("C:a.png", {})),
+    ("mask", "C:\\masks\\a.png:color=red", ("C:\\masks\\a.png", {"color": (255, 0, 0)})),
+    ("contour", "/tmp/a=1,b.png:width=2", ("/tmp/a=1,b.png", {"width": 2})),
+    ("contour", "/tmp/a:b/c=1,2.png", ("/tmp/a:b/c=1,2.png", {})),
+    ("contour", "a:b.png:", ("a:b.png", {})),
+])  # fmt: skip
+def test_a_marker_is_parsed(flag, text, expected):
+    """Guards against options cut off at a drive's colon or sought inside a path, and numbers read as a path."""
+    assert parse_marker(flag, text) == expected
+
+
+def test_every_kind_has_a_flag():
+    """Guards against a kind that can't be drawn from the command line."""
+    assert sorted(kind for kind, *_ in FLAGS.values()) == sorted(KINDS)
+
+
+def test_placeholders():
+    """Guards against phrases in the wrong order, and against braces that are no placeholder being read as one."""
+    markers = [make_marker("arrow", [9, 9], SIZE), make_marker("rectangle", [1, 2, 3, 4], SIZE, color="#102030")]
+    assert fill_in("{2} or {1}, {x} {} {{1}}?", markers) == (
+        "within the rectangle or pointed to by the red arrow, {x} {} {pointed to by the red arrow}?")  # fmt: skip
+    assert fill_in(None, markers) == "What is pointed to by the red arrow?"
+    assert fill_in("What is this?", []) == "What is this?"
