@@ -49,12 +49,13 @@ DEFAULT_CLIP = "openai/clip-vit-large-patch14-336"
 
 
 def load(
-    path_or_name, device=None, dtype: torch.dtype | None = None, clip=None, quantize: str = "", ready: bool = True
+    path_or_name, device=None, dtype: torch.dtype | str | None = None, clip=None, quantize: str = "", ready: bool = True
 ) -> tuple[ViPLLaVA, Tokenizer]:
     """A ViP-LLaVA in Hugging Face's or the official layout, in eval mode, and its tokenizer.
 
-    path_or_name: see `find`. device: None is CUDA where there is one. dtype: None leaves it to `default_dtype`. clip:
-    another CLIP whose image tower is to be used; DEFAULT_CLIP's is where the official layout has none inside.
+    path_or_name: see `find`. device: None is CUDA where there is one. dtype: "stored" is that of the files, None leaves
+    it to `default_dtype`. clip: another CLIP whose image tower is to be used; DEFAULT_CLIP's is where the official layout
+    has none inside.
     quantize: "int8" or "int4", see quant.py, and `ready` for use, not to be saved. A folder with an adapter (lora.py)
     gives its base with the adapter merged.
     """
@@ -77,8 +78,11 @@ def _load(folder: Path, device, dtype, clip, quantize: str) -> tuple[ViPLLaVA, T
             f"{folder}/config.json says model_type {kind!r}, mm_vision_tower {tower!r}; expected vipllava, or "
             f"{', '.join(OFFICIAL)} with clip_4layers_336"
         )
-    scheme = str(section(config, "quantization_config", {}).get("quant_method", "")).removeprefix(METHOD)
-    parts = [Part(weight_files(folder), ("vision.",) if clip else (), scheme)]
+    method = section(config, "quantization_config", {}).get("quant_method", "")
+    methods = {"": "", **{METHOD + scheme: scheme for scheme in quant.SCHEMES}}
+    if method not in methods:
+        raise ValueError(f"{folder}/config.json says quant_method {method!r}; expected none, {' or '.join([*methods][1:])}")
+    parts = [Part(weight_files(folder), ("vision.",) if clip else (), methods[method])]
     vision = section(config, "vision_config", None)
     if official and not clip and not any(name.startswith("vision.") for name in parts[0].shapes):
         clip = DEFAULT_CLIP
@@ -166,7 +170,8 @@ def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=(), quantize=
         quant.swap(model, quantize)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     size = sum(p.numel() for p in model.parameters()) + sum(x.nbytes for x in model.buffers()) // 4
-    dtype = dtype or default_dtype(device, size, parts[0].dtype)
+    stored = parts[0].dtype
+    dtype = stored if dtype == "stored" else dtype or default_dtype(device, size, stored)
     tensors = {name: x.to(device, dtype) for name, x in fresh.items()}
     reading = _with_bar((pair for part in parts for pair in part.read(device, dtype)), len(found) - len(fresh))
     tensors.update(quant.compress(reading, quantize) if quantize else reading)
@@ -237,8 +242,10 @@ def _beside(folder) -> Iterator[Path]:
 
 
 def check_target(folder) -> Path:
-    """The folder, if `save` may write there. ValueError: another model would be lost."""
+    """The folder, if `save` may write there. ValueError: a file or another model would be lost."""
     folder = Path(folder).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; expected a folder, or a name that is free")
     if folder.is_dir() and any(WRITTEN.fullmatch(item.name) for item in folder.iterdir()):
         if "template" not in (read_json(folder / "config.json") if (folder / "config.json").is_file() else {}):
             raise ValueError(f"{folder} holds a model that was not saved from here; expected another folder")

@@ -25,6 +25,7 @@ Letters: B batch, T tokens, N patches, C channels (width), H heads, D head width
 """
 
 import math
+import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the images that CLIP was trained on, RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -61,7 +62,7 @@ def open_image(path) -> Image.Image:
         raise ValueError(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, the limit; shrink it") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image; expected a JPEG, PNG, WebP, GIF, BMP or TIFF file") from None
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, TypeError, struct.error, NotImplementedError) as error:  # Pillow's, of damaged files
         raise ValueError(f"{path} can't be read as an image ({error}); is the file whole?") from None
     except ValueError as error:
         raise ValueError(f"{path} can't be read as an image: {error}") from None
@@ -71,15 +72,32 @@ def read_mask(path: str) -> np.ndarray:
     """The pixels of an image file that are neither black nor transparent, (H, W) bool."""
     open_image(path)  # says it when that is no image
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
+        image = _turned(image)
         if image.mode[0] in "1LIF" and not image.has_transparency_data:  # numbers, of which 1 of 65535 counts too
             return np.asarray(image) != 0
         return np.asarray(image.convert("RGBA").convert("RGBa"))[:, :, :3].any(axis=2)  # a: times alpha
 
 
+_TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+), start=2))  # fmt: skip
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """As its EXIF tag says. (Pillow's exif_transpose writes all other tags anew, too, and fails where one is odd.)"""
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    if turn is None:
+        return image
+    image = image.transpose(turn)
+    for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # it must not be turned again
+        image.info.pop(key, None)
+    return image
+
+
 def upright(image: Image.Image) -> Image.Image:
     """`image` turned as its EXIF tag says, its first frame, as 8-bit RGB; transparent parts lie over white."""
-    image = ImageOps.exif_transpose(image)
+    image = _turned(image)
     if image.mode.startswith("I"):  # 16 bits a pixel: keep the high byte, as Pillow's own convert would clip instead
         values = np.asarray(image, dtype=np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -99,13 +117,14 @@ def preprocess(image: Image.Image, size: int, mode: str = "pad") -> torch.Tensor
     mode "pad" (the released models' way) centres the image on a square of CLIP's mean colour, so that no marker near
     the border is lost; "squeeze" ignores the aspect ratio (the paper's VCR evaluation); "crop" keeps the centre only
     (stage 1 of training, and Hugging Face's processor). Raises ValueError for any other mode, and for an image so long
-    and thin that its square, or its resized strip, would have more pixels than Pillow's limit.
+    and thin that its square, or its resized strip, would have more than twice as many pixels as Pillow's limit.
     """
     if image.mode != "RGB":
         raise ValueError(f"preprocess got a {image.mode} image; expected RGB, as upright() returns")
     w, h = image.size
-    between = {"pad": max(w, h) ** 2, "crop": size * size * max(w, h) // min(w, h)}.get(mode, 0)  # pixels on the way
-    if between > (Image.MAX_IMAGE_PIXELS or math.inf):
+    square = max(w, h) * (size if w > h else h)  # wide images are resized first, see below
+    between = {"pad": square, "crop": size * size * max(w, h) // min(w, h)}.get(mode, 0)  # pixels on the way
+    if between > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError(f"an image of {w} x {h} pixels is too long and thin to {mode}; expected a squarer one")
     if mode == "pad" and w != h:
         side = max(w, h)
@@ -316,14 +335,14 @@ class CLIP(nn.Module):
         self.text_projection.apply(_init_weights)
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """pixels (B, 3, S, S) -> unit vectors (B, projection)."""
-        (x,) = self.vision_model.hidden_states(pixels, (-1,))
+        """pixels (B, 3, S, S), on any device -> unit vectors (B, projection)."""
+        (x,) = self.vision_model.hidden_states(pixels.to(self.visual_projection.weight), (-1,))
         x = self.vision_model.post_layernorm(x[:, 0])  # the class token, (B, C)
         return F.normalize(self.visual_projection(x), dim=-1)
 
     def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids (B, T) -> unit vectors (B, projection)."""
-        return F.normalize(self.text_projection(self.text_model(ids)), dim=-1)
+        """ids (B, T), on any device -> unit vectors (B, projection)."""
+        return F.normalize(self.text_projection(self.text_model(ids.to(self.text_projection.weight.device))), dim=-1)
 
     def forward(self, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """pixels (B, 3, S, S), ids (M, T) -> logits (B, M): scaled cosine similarities."""

@@ -46,6 +46,11 @@ def at_least(low: int, text: str) -> int:
     return value
 
 
+def out_of_memory(error: Exception) -> bool:
+    """A GPU's memory has an exception of its own; for a CPU's PyTorch has but words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def complain(error: Exception) -> None:
     """One line, whatever bytes a file's name has."""
     line = f"error: {' '.join(str(error).split())}"
@@ -58,7 +63,9 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
         main(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
         complain(error)
         return 2
     return 0

@@ -182,7 +182,8 @@ class Carrier:
             free.synchronize()
             read(buffer[:n], at)
             target[at : at + n].copy_(buffer[:n], non_blocking=True)
-            free.record()
+            with torch.cuda.device_of(there):  # its stream, whichever GPU is the current one
+                free.record()
             at += n
         return there
 

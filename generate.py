@@ -148,7 +148,8 @@ def to_host(token: torch.Tensor) -> Callable[[], list[int]]:
     if not token.is_cuda:
         return token.tolist
     copy, done = token.to("cpu", non_blocking=True), torch.cuda.Event()
-    done.record()
+    with torch.cuda.device_of(token):  # its stream, whichever GPU is the current one
+        done.record()
 
     def wait() -> list[int]:
         done.synchronize()
@@ -234,7 +235,7 @@ class Replayed:
             return self.function(x, *rest)
         if self.graph is None:
             self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.device_of(x), torch.cuda.graph(self.graph):
                 self.y = self.function(self.x, *rest)
         self.x.copy_(x)
         self.graph.replay()

@@ -10,8 +10,8 @@ one set, the module tree of vipllava.py:
     llama.…                 language_model.model.…              model.…
     llama.lm_head.…         language_model.lm_head.…            lm_head.…
 
-A config.json, of the whole or of a part, becomes a config of ours, and ours becomes Hugging Face's. What is said in it and
-is not known here is an error, never passed over.
+A config.json, of the whole or of a part, becomes a config of ours, and ours becomes Hugging Face's. What it says that would
+make another network, and that is not known here, is an error, never passed over.
 
 Pitfalls
   * The config of llava-hf/vip-llava-7b-hf speaks of one feature layer; its projector was made for five. So we count
@@ -132,6 +132,12 @@ CLIP_TEXT = dict(
     mlp=("intermediate_size", 2048), layers=("num_hidden_layers", 12), heads=("num_attention_heads", 8),
     eps=("layer_norm_eps", 1e-5),
 )  # fmt: skip
+WHOLE = {  # of the whole model: the only value that is known here
+    "projector_hidden_act": "gelu",
+    "vision_feature_select_strategy": "default",  # the class token goes; the official layout's next
+    "mm_vision_select_feature": "patch",
+    "mm_use_im_start_end": False,  # tokens around the image
+}
 LLAMAS = ("llama", "llava", "llava_llama")  # model_type of a decoder with TEXT's defaults
 OTHERS = ("mistral", "phi3", "llava_phi3")  # with other defaults: they must spell everything out; may have a window
 OFFICIAL = ("llava", "llava_llama", "llava_phi3")  # model_type of the whole, in the official layout
@@ -210,8 +216,9 @@ def feature_layers(config: dict, inputs: int, width: int) -> tuple[int, ...]:
 
 def join_configs(config: dict, text: LlamaConfig, vision: VisionConfig, inputs: int, tokenizer: Tokenizer):
     """The whole model's configuration; what `config` leaves open the projector's inputs and the tokenizer tell."""
-    if (act := config.get("projector_hidden_act", "gelu")) != "gelu":
-        raise ValueError(f"the config says projector_hidden_act {act!r}; only 'gelu' is known here")
+    for key, only in WHOLE.items():
+        if (given := config.get(key, only)) != only:
+            raise ValueError(f"the config says {key} {given!r}; only {only!r} is known here")
     needs = {"<|eot_id|>": "llava_llama_3", "<|end|>": "llava_phi_3"}  # tokens that only these templates have
     template = config.get("template") or next((needs[t] for t in needs if t in tokenizer.specials), "llava_v1")
     if template not in TEMPLATES:

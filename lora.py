@@ -150,7 +150,7 @@ def main(argv: list[str]) -> None:
     if about(args.adapter) is None:
         raise FileNotFoundError(f"no {FILE} in {args.adapter}")
     checkpoint.check_target(args.out)
-    checkpoint.save(*checkpoint.load(args.adapter, "cpu"), args.out)
+    checkpoint.save(*checkpoint.load(args.adapter, "cpu", "stored"), args.out)
 
 
 if __name__ == "__main__":

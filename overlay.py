@@ -591,7 +591,7 @@ def draw(image: Image.Image, markers: Iterable[Marker]) -> Image.Image:
         visible = crop[0] < crop[2] and crop[1] < crop[3]
         stencil = _stencil(m, crop, int(1000 * scale_of(image.size))) if visible else None
         if stencil is None or not stencil.getbbox():
-            raise ValueError(f"the {m.kind} within {extent} lies outside the image, {image.width} x {image.height}")
+            raise ValueError(f"nothing of the {m.kind} within {extent} lies on the image, {image.width} x {image.height}")
         image.paste(image.crop(crop).point(_tones(m.color, round(255 * m.alpha))), crop, stencil)
     return image
 
@@ -610,4 +610,8 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "markers.png")
+    try:
+        main(sys.argv[1] if len(sys.argv) > 1 else "markers.png")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

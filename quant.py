@@ -119,6 +119,8 @@ class Int8Linear(nn.Module):
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16())
         else:
             kind = product_type(x)
+            if kind is torch.float16:  # which sums of whole numbers up to 127 soon exceed
+                kind = torch.bfloat16
             y = F.linear(rows.to(kind), self.weight.to(kind)) * self.scale.to(kind)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
@@ -302,7 +304,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of a weight (8)")
     args = parser.parse_args(argv)
     checkpoint.check_target(args.out)
-    model, tokenizer = checkpoint.load(args.model, "cpu", torch.bfloat16, quantize=f"int{args.bits}", ready=False)
+    model, tokenizer = checkpoint.load(args.model, "cpu", "stored", quantize=f"int{args.bits}", ready=False)
     checkpoint.save(model, tokenizer, args.out)
 
 

@@ -34,7 +34,7 @@ import checkpoint
 import hub
 from chat import IMAGE, TEMPLATES, Turn, encode_chat, stop_ids
 from clip import open_image, preprocess
-from commandline import Parser, check_device, complain, run
+from commandline import Parser, check_device, complain, out_of_memory, run
 from generate import Memory, compile_steps, generate, room
 from overlay import Marker, draw, phrase
 from pointing import FLAGS, fill_in, place, short
@@ -249,7 +249,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     one("--top-p", type=float, default=1.0, metavar="P", help="if T > 0, only the likeliest tokens that sum to P")
     one("--seed", type=int, default=0, metavar="N", help="if T > 0, the same seed gives the same answer (default: 0)")
     one("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
-    one("--dtype", choices=DTYPES, help="of the weights (default: bfloat16 on a GPU, else float32 if memory allows)")
+    one("--dtype", choices=DTYPES, help="of the weights (default: on a GPU the 16 bits stored, else bfloat16; on a CPU float32 if memory allows)")
     one("--quantize", choices=("int8", "int4"), default="", help="fewer bits for the decoder's weights, see quant.py")
     switch("--compile", help="torch.compile the decoding: a slow start, which --json counts as loading, then faster")
     args, unknown = parser.parse_known_args(_attach_negatives(argv))
@@ -278,7 +278,7 @@ def check(args: argparse.Namespace) -> None:
         first, second = map(short, args.question[:2])
         raise ValueError(f"more than one question, {first} and {second}; expected one, in quotes")
     for flag, right, fine in (
-        ("temperature", "a number, 0 or more", lambda value: 0 <= value < math.inf),
+        ("temperature", "0, or a number of 1e-6 or more", lambda value: value == 0 or 1e-6 <= value < math.inf),
         ("top-p", "more than 0, at most 1", lambda value: 0 < value <= 1),
         ("seed", "0 to 2^63 - 1", lambda value: 0 <= value < 2**63),
         ("max-new-tokens", "1 or more", lambda value: value is None or value >= 1),
@@ -334,9 +334,9 @@ def warm_up(model, tokenizer, image: Image.Image, turns: list[Turn], **sampling)
     compile_steps(model)
     try:
         list(itertools.islice(ask(model, tokenizer, image, [], turns, **sampling), 2))
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         kind = type(error).__name__
         raise ValueError(f"--compile failed ({kind}); expected a C++ compiler, on a GPU Triton") from None
 

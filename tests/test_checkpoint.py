@@ -386,6 +386,10 @@ def test_an_unknown_number_of_layers_is_refused(tmp_path):
     (None, {"model_type": "llava_next"}, ("llava_next", "vipllava")),
     (None, {"model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14-336"}, ("mm_vision_tower",)),
     (None, {"projector_hidden_act": "relu"}, ("relu", "gelu")),
+    (None, {"vision_feature_select_strategy": "full"}, ("full", "default")),
+    (None, {"mm_use_im_start_end": True}, ("mm_use_im_start_end True", "False")),
+    (None, {"mm_vision_select_feature": "cls_patch"}, ("cls_patch", "'patch'")),
+    (None, {"quantization_config": {"quant_method": "bitsandbytes"}}, ("bitsandbytes", "vip-llava-int8")),
     (None, {"template": "alpaca"}, ("alpaca", "llava_v1")),
     ("text_config", {"hidden_size": "wide"}, ("hidden_size", "'wide'", "whole number")),
     ("text_config", {"num_hidden_layers": -1}, ("num_hidden_layers -1",)),
@@ -481,6 +485,8 @@ def test_save_touches_nobody_elses_files(tmp_path, model):
     with pytest.raises(ValueError, match="not saved from here"):
         checkpoint.save(model, TOKENIZER, theirs)
     assert {f.name: f.read_bytes() for f in theirs.iterdir()} == held
+    with pytest.raises(ValueError, match="config.json is a file; expected a folder"):
+        checkpoint.save(model, TOKENIZER, theirs / "config.json")
     run = tmp_path / "run"
     (run / "plots").mkdir(parents=True)
     (run / "state.pt").write_text("state")

@@ -7,7 +7,8 @@ from commandline import Parser, check_device, run
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("two\nlines"), FileNotFoundError("gone"), MemoryError("full"), torch.OutOfMemoryError("full")]
+    "error",
+    [ValueError("two\nlines"), FileNotFoundError("gone"), MemoryError("full"), torch.OutOfMemoryError("full")],
 )
 def test_a_mistake_is_one_line_and_status_2(error, capsys):
     """Guards against a traceback for a mistake of a person, or of a machine that is too small."""
@@ -19,10 +20,21 @@ def test_a_mistake_is_one_line_and_status_2(error, capsys):
     assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
 
 
-def test_a_bug_is_no_mistake():
+def test_a_cpu_without_memory_is_one_line(capsys):
+    """Guards against a traceback where PyTorch has no exception of its own for what lacks."""
+    assert run(lambda argv: torch.empty(10**14), []) == 2
+    assert "can't allocate memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, RuntimeError])
+def test_a_bug_is_no_mistake(error):
     """Guards against errors of ours that are told to a person as theirs."""
-    with pytest.raises(ZeroDivisionError):
-        run(lambda argv: 1 / 0, [])
+
+    def main(argv):
+        raise error
+
+    with pytest.raises(error):
+        run(main, [])
 
 
 def test_ctrl_c_and_success():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import checkpoint
 import lora
@@ -108,6 +109,9 @@ def test_saved_loaded_and_merged(base, tmp_path, capsys):
     assert relative(logits(loaded), logits(model)) < 1e-5 and not lora.adapters(loaded)
     assert torch.equal(loaded.projector.linear_1.bias, model.projector.linear_1.bias)
     assert run(lora.main, [str(tmp_path / "mine"), str(tmp_path / "merged")]) == 0
+    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as file:
+        kept = {file.get_tensor(name).dtype for name in file.keys()}
+    assert kept == {torch.float32}  # as the base's, however little memory there is
     assert torch.equal(logits(load(tmp_path / "merged")), logits(loaded))
     assert run(lora.main, [str(base), str(tmp_path / "other")]) == 2 and "no adapter.safetensors in" in capsys.readouterr().err
 

@@ -483,7 +483,7 @@ ERRORS = {
     "lies outside the image of 96 x 70": lambda: sampled(Region(polygons=[(-9, 3, -2, 3, -5, 9)])),
     "covers no pixel of the image": lambda: sampled(Region(polygons=[(-90, -90, 300, -90, -80, -80, -90, 300)]),
                                                     kind="arrow"),
-    "the point within .* lies outside the image, 96 x 70": lambda: draw(blank(), [FAR_POINT]),
+    "nothing of the point within .* lies on the image, 96 x 70": lambda: draw(blank(), [FAR_POINT]),
     "the rectangle within": lambda: draw(blank(), [make_marker("rectangle", (-20, -20, 200, 200), SIZE)]),
     "an ellipse about": lambda: sampled(REGIONS["whole"], kind="ellipse",
                                         distribution=replace(RELEASED, ellipse_scale=(2, 3))),

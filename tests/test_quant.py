@@ -90,6 +90,17 @@ def test_every_way_to_multiply_agrees(scheme, dtype, shape, rows):
     assert relative_error(layer(x).float(), expected) < 0.012
 
 
+def test_a_large_number_in_half_precision(monkeypatch):
+    """Guards against: infinity on a GPU, which multiplies in the type of x, where whole weights make large sums."""
+    monkeypatch.setattr(quant, "product_type", lambda x: x.dtype)
+    weight = torch.zeros(64, 128)
+    weight[:, 5] = 2.0
+    x = torch.zeros(40, 128, dtype=torch.float16)
+    x[:, 5] = 1300
+    y = layer_of("int8", weight)(x)
+    assert y.dtype == torch.float16 and (y - 2600).abs().max() < 20
+
+
 @pytest.mark.skipif(
     not torch.cpu._is_vnni_supported() or "ONEDNN_MAX_CPU_ISA" in os.environ, reason="no instructions for 8 bits to test"
 )
@@ -223,6 +234,9 @@ def test_on_loading_and_from_a_file_are_the_same(base, scheme, error, size, dtyp
     assert again.config == replace(whole.config, text=again.config.text)  # which may have got rows
     torch.testing.assert_close(run_model(again)[0], logits, rtol=0.02, atol=0.05)
     assert run_model(again)[1] == answer
+    kept = [(name, p) for name, p in checkpoint.load(base, "cpu", "stored")[0].state_dict().items() if name.startswith("pro")]
+    stored = checkpoint.load(tmp_path / "small", "cpu", "stored")[0].state_dict()
+    assert all(torch.equal(p, stored[name]) and p.dtype == torch.bfloat16 for name, p in kept)
     matrices = [p.nbytes for name, p in plain.state_dict().items() if quant.TARGET.fullmatch(name)]
     smaller = [x.nbytes for name, x in again.state_dict().items() if quant.TARGET.fullmatch(name)]
     assert sum(smaller) / sum(matrices) < size * 2 / dtype.itemsize
