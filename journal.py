@@ -30,12 +30,20 @@ class Journal:
             kept = [line for line in lines if first and json.loads(line)["step"] <= first]
             (out / "log.jsonl.part").write_text("".join(kept))
             os.replace(out / "log.jsonl.part", out / "log.jsonl")
+            self.skipped = max((json.loads(line).get("bad", 0) for line in kept), default=0)
+        self.list = out / f"bad-{place.rank}.txt"
+        if not first:
+            self.list.unlink(missing_ok=True)
+        self.listed = set(self.list.read_text().splitlines()) if self.list.is_file() else set()
 
     def bad(self, records: list) -> None:
+        """Count them; list each that is not listed yet."""
         self.skipped += len(records)
-        if records:
-            with open(self.out / f"bad-{self.place.rank}.txt", "a") as file:
-                file.writelines(f"{record}\n" for record in records)
+        new = {str(record): None for record in records if str(record) not in self.listed}
+        if new:
+            with open(self.list, "a") as file:
+                file.writelines(f"{record}\n" for record in new)
+            self.listed |= new.keys()
 
     def step(self, done: int, recipe: Recipe, micros: list[Micro], loss: float, norm: float) -> None:
         self.samples += sum(len(micro.names) for micro in micros)
@@ -71,7 +79,7 @@ class Journal:
 def plot(out: Path, width: int = 640, height: int = 360) -> None:
     """loss.png: the loss of every line of the log over the steps, the scale logarithmic."""
     points = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    points = [(p["step"], p["loss"]) for p in points if p.get("loss", 0) > 0]
+    points = [(p["step"], p["loss"]) for p in points if (p.get("loss") or 0) > 0]
     if len(points) < 2:
         return
     last, low, high = points[-1][0], min(v for _, v in points), max(v for _, v in points)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
@@ -114,8 +115,9 @@ class Objective(nn.Module):
 def spread(objective: Objective, parallel: str, place: Place) -> nn.Module:
     """The same, for several processes: whole copies (DDP), or each a share of every weight (FSDP2)."""
     if parallel == "fsdp":
+        mesh = init_device_mesh(place.device.type, (place.world,))
         kept = objective.low if objective.low != torch.float32 else None
-        shard = functools.partial(fully_shard, mp_policy=MixedPrecisionPolicy(kept, torch.float32))
+        shard = functools.partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(kept, torch.float32))
         for block in (*objective.model.llama.layers, *objective.model.vision.layers):
             shard(block)
         return shard(objective)

@@ -37,8 +37,9 @@ class Recipe:
     projector_lr: float = 0.0  # 0: lr
     warmup: float = 0.03  # of the steps
     weight_decay: float = 0.0
+    beta2: float = 0.98  # of AdamW: how long it remembers the size of gradients
     grad_clip: float = 1.0  # largest norm of the gradient
-    template: str = ""  # of the prompts; "": the model's, "plain": answers alone, without questions
+    template: str = ""  # of the prompts, then the model's; "": as it is, "plain": answers alone, without questions
     length: int = 2048  # tokens of a sample, its image included; more is a bad record
     rank: int = 128  # of LoRA
     alpha: float = 256.0
@@ -59,6 +60,8 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is {self.warmup}; expected a part of the steps, 0 to 1")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2 is {self.beta2}; expected 0 or more, and less than 1")
 
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).resolve().parent / "recipes").glob("*.toml"))}

@@ -35,6 +35,7 @@ from torch.utils.data import Dataset
 
 import checkpoint
 import contrast
+import hub
 import llama
 import lora
 import states
@@ -134,7 +135,7 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
     model, measure = task.objective.model, task.measure
     objective = spread(task.objective, parallel, place)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, recipe.beta2), fused=True)
     about = {"recipe": dataclasses.asdict(recipe), "base": base}
     first = states.load(out, model, optimizer, about)
     journal = Journal(out, place.rank == 0, first, habits, place, task.flops)
@@ -243,7 +244,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the run's folder; a run that is in it is continued")
     parser.add_argument("--model", help="start from these weights (a name or folder); without it, a small random model")
     parser.add_argument("--clip", help="the model gets the image tower of this CLIP: a name or folder")
-    parser.add_argument("--images", type=Path, default=Path("."), help="the folder that the records' images lie in (here)")
+    parser.add_argument("--images", type=Path, help="the folder that the records' images lie in (here)")
     parser.add_argument("--valid", type=Path, help="a file of records to measure exact answers on")
     recipes = {name: read_recipe(name) for name in RECIPES}
     for field in dataclasses.fields(Recipe):
@@ -299,11 +300,15 @@ def main(argv: list[str]) -> None:
     if recipe.train == "lora" and not args.model:
         raise ValueError("an adapter has no base; expected --model")
     place = find_place(args.device)
+    if args.parallel == "fsdp" and place.world == 1:
+        raise ValueError("--parallel fsdp came with one process; expected several, started by torchrun")
     torch.set_flush_denormal(True)  # a CPU works through numbers next to zero at a hundredth of its speed
     low = getattr(torch, args.precision or ("bfloat16" if place.device.type == "cuda" else "float32"))
-    base = str(Path(args.model).resolve()) if args.model and Path(args.model).is_dir() else args.model or ""
+    base = resolved(args.model)
     make = contrast_task if recipe.train == "contrast" else answer_task
     task, recipe = make(args, recipe, place, low, base)
+    if args.clip:
+        base += f" with the image tower of {resolved(args.clip)}"
     if place.rank == 0:
         print(f"{recipe}\n{summary(task.objective.model)}", flush=True)
     habits = Habits(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Habits)})
@@ -313,12 +318,18 @@ def main(argv: list[str]) -> None:
         dist.destroy_process_group()
 
 
+def resolved(name: str | None) -> str:
+    """A model's short name, or its folder wherever one stands, or its name on the hub; in the order of hub.find."""
+    return str(Path(name).resolve()) if name and name not in hub.NAMES and Path(name).is_dir() else name or ""
+
+
 def contrast_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: torch.dtype, base: str):
     """A CLIP that learns which caption is whose. Of several processes each holds its images against its own captions."""
     if args.parallel == "fsdp" or not recipe.steps:
         raise ValueError(f"--parallel {args.parallel} and {recipe.steps} steps came with contrast; expected ddp, and --steps")
-    for flag in ("micro", "compile", "recompute", "valid", "clip"):
-        if getattr(args, flag):
+    given = {flag: getattr(args, flag) for flag in ("micro", "compile", "recompute", "valid", "clip", "images")}
+    for flag, value in {**given, "data": recipe.data, "template": recipe.template}.items():
+        if value:
             raise ValueError(f"--{flag} came with contrast, which has no use for it; expected none")
     loaded = checkpoint.load_clip(args.model, place.device, torch.float32) if args.model else contrast.tiny_clip(recipe.seed)
     model, tokenize = loaded[0].to(place.device), loaded[1]
@@ -333,17 +344,25 @@ def contrast_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: t
 
 def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: torch.dtype, base: str):
     """A ViP-LLaVA that learns to answer."""
-    source, recipe = find_source(recipe, args.images)
+    source, recipe = find_source(recipe, args.images or Path("."))
+    if args.clip and recipe.train == "lora":
+        raise ValueError("--clip came with lora, whose file has no image tower; expected to train without")
+    if args.valid and (isinstance(source, SceneSource) or recipe.template == "plain"):
+        what = "with the template plain, in which nothing is asked" if recipe.template == "plain" else "with drawn scenes"
+        raise ValueError(f"--valid came {what}; expected records with questions to train on")
     stored = low if recipe.train in ("lora", "projector") else torch.float32
     model, tokenizer = checkpoint.load(args.model, place.device, stored) if args.model else tiny_model(recipe)
     if model.config.quantized:
         raise ValueError(f"{args.model} is {model.config.quantized}; expected 16 or 32 bits a weight")
     if args.clip:
         take_tower(model, args.clip)
+    if recipe.template not in ("", "plain"):
+        model.config = dataclasses.replace(model.config, template=recipe.template)
     freeze(model.to(place.device), recipe, torch.float32 if args.parallel == "fsdp" else low)  # FSDP casts by itself
     for block in model.llama.layers:
         if args.recompute:
-            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False,
+                                              context_fn=lambda: (contextlib.nullcontext(), lowered(place.device, low)))
     if args.compile:
         for block in (*model.vision.layers, *model.llama.layers):
             block.compile()
@@ -354,7 +373,8 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
     elif isinstance(source, SceneSource) and source.names != ["texts"]:
         measure = functools.partial(held_out_scenes, tokenizer=tokenizer, recipe=recipe)
     elif args.valid:
-        measure = functools.partial(held_out_records, tokenizer=tokenizer, records=Records([args.valid], args.images))
+        records = Records([args.valid], args.images or Path("."))
+        measure = functools.partial(held_out_records, tokenizer=tokenizer, records=records)
 
     def publish(state: dict) -> None:
         if recipe.train == "lora":
@@ -362,7 +382,7 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
         else:
             checkpoint.save(model, tokenizer, args.out, state=state)
 
-    data = Examples(source, tokenizer, model.config, recipe.template or None, recipe.length)
+    data = Examples(source, tokenizer, model.config, recipe.template == "plain", recipe.length)
     objective = Objective(model, low, place.world > 1)
     return Task(objective, data, publish, measure, isinstance(source, RecordSource), flops_per_token(model)), recipe
 

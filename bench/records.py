@@ -13,9 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-from commandline import Parser, run
+from commandline import Parser, at_least, run
 from data import scenes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +41,7 @@ def records(i: int, image: str, scene: scenes.Scene):
 
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m bench.records", description=__doc__.split("\n")[0])
-    parser.add_argument("-n", type=int, default=1_000_000, help="records (1000000)")
+    parser.add_argument("-n", type=partial(at_least, 1), default=1_000_000, help="records (1000000)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         folder, made = Path(folder), []

@@ -148,18 +148,25 @@ class Example:
     pixels: torch.Tensor | None  # (3, S, S)
 
 
-def encode(sample: Sample, tokenizer: Tokenizer, config: ViPLLaVAConfig, template: str | None = None):
-    """ids and labels (T,), pixels (3, S, S) or None. template: None is the model's, or "plain" where nothing is asked;
-    "plain" leaves out what is asked, as stage 1 of the paper does."""
-    turns = sample.turns
-    template = template or (config.template if turns[0].question else "plain")
-    if template == "plain":
-        turns = [Turn("", turns[0].answer, turns[0].image)]
-    ids, labels = with_patches(*encode_chat(tokenizer, template, turns), config.vision.patches)
+def encode(sample: Sample, tokenizer: Tokenizer, config: ViPLLaVAConfig, plain: bool = False):
+    """ids and labels (T,), pixels (3, S, S) or None. plain: as stage 1 of the paper, which leaves out what is asked and
+    keeps an unmarked image's centre only."""
+    prompt = encode_prompt(sample, tokenizer, "plain" if plain else config.template)
+    ids, labels = with_patches(*prompt, config.vision.patches)
     pixels = None
     if sample.image is not None:
-        pixels = preprocess(draw(sample.image, sample.markers), config.vision.image_size)
+        mode = "crop" if plain and not sample.markers else "pad"
+        pixels = preprocess(draw(sample.image, sample.markers), config.vision.image_size, mode)
     return ids, labels, pixels
+
+
+def encode_prompt(sample: Sample, tokenizer: Tokenizer, template: str) -> tuple[list[int], list[bool]]:
+    """ids, one IMAGE for the image, and which are trained. Where nothing is asked, "plain" is the template."""
+    if template == "plain" or not sample.turns[0].question:
+        template, turns = "plain", [Turn("", sample.turns[0].answer, sample.turns[0].image)]
+    else:
+        turns = sample.turns
+    return encode_chat(tokenizer, template, turns)
 
 
 def with_patches(ids: list[int], trained: list[bool], patches: int) -> tuple[list[int], list[int]]:
@@ -189,8 +196,8 @@ def collate(examples: list[Example]) -> Micro:
 class Examples(Dataset):
     """Example j, or the BadRecord that it would come from: a worker's exceptions lose their words on the way."""
 
-    def __init__(self, source, tokenizer: Tokenizer, config: ViPLLaVAConfig, template: str | None, length: int):
-        self.source, self.tokenizer, self.config, self.template = source, tokenizer, config, template
+    def __init__(self, source, tokenizer: Tokenizer, config: ViPLLaVAConfig, plain: bool, length: int):
+        self.source, self.tokenizer, self.config, self.plain = source, tokenizer, config, plain
         self.length, self._ready = length, {}
 
     def size(self, j: int) -> int:
@@ -209,7 +216,7 @@ class Examples(Dataset):
     def __getitem__(self, j: int) -> Example | BadRecord:
         try:
             sample = self._ready.pop(j, None) or self.source.sample(j)
-            ids, labels, pixels = encode(sample, self.tokenizer, self.config, self.template)
+            ids, labels, pixels = encode(sample, self.tokenizer, self.config, self.plain)
             if len(ids) > self.length:
                 raise self.source.bad(j, f"{len(ids)} tokens; expected at most {self.length}")
         except BadRecord as error:

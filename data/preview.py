@@ -9,7 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
-from chat import IMAGE, encode_chat
+from chat import IMAGE
+from data.batches import encode_prompt
 from data.records import Records
 from overlay import draw
 from tokenizer import Stream, Tokenizer
@@ -39,7 +40,7 @@ def preview(path: Path, images: Path, n: int, out: Path, tokenizer: Tokenizer, t
             marked = ImageOps.contain(draw(sample.image, sample.markers), (side, side))
             tile.paste(marked, (0, 0))
             top = marked.height
-        ids, trained = encode_chat(tokenizer, template, sample.turns)
+        ids, trained = encode_prompt(sample, tokenizer, template)
         bottom = write_runs(tile, top + 4, pieces(tokenizer, ids, trained))
         tiles.append(tile.crop((0, 0, side, bottom + 8)))
     columns = min(4, n)

@@ -81,6 +81,9 @@ def region_of(box, polygons) -> Region:
     """Polygons of two points and fewer, which COCO has, are no part of it."""
     if polygons is not None and not isinstance(polygons, list):
         raise ValueError(f"a segmentation is {repr(polygons)[:60]}; expected polygons, each x, y, x, y, …")
+    for polygon in polygons or ():
+        if not isinstance(polygon, list):
+            raise ValueError(f"a polygon of a segmentation is {repr(polygon)[:60]}; expected a list x, y, x, y, …")
     return Region(box=box, polygons=[p for p in polygons or () if len(list(np.ravel(p))) >= 6])
 
 
@@ -192,13 +195,14 @@ def _v7w(record, images, generator) -> Plan:
 
 
 def _point_qa(record, images, generator) -> Plan:
-    question, answer = field(record, "general_question", str), str(record.get("answer", ""))
-    if not answer:
-        raise ValueError("answer is missing; expected a number or a word")
+    question, answer = field(record, "general_question", str), record.get("answer")
+    if not isinstance(answer, (int, str)) or isinstance(answer, bool) or answer == "":
+        shown = "missing" if "answer" not in record else repr(answer)[:60]
+        raise ValueError(f"answer is {shown}; expected a number or a word")
     text = f"{question} The exemplary object is within the rectangle."
     text += "\nAnswer the question using a single word or phrase."
     red = [{"kind": "rectangle", "color": "red"}]
-    return Plan(boxes_of(record, 1), lambda words: [(text, answer)], ("rectangle",), CONSTANT, red)
+    return Plan(boxes_of(record, 1), lambda words: [(text, str(answer))], ("rectangle",), CONSTANT, red)
 
 
 DESCRIBE = {
@@ -218,11 +222,13 @@ def _flickr30k(record, images, generator) -> Plan:
         bare = [word.split(" ", 1)[1].removeprefix("to by ") for word in words]  # "the red arrow"
         hint = f" The visual prompts are: {', '.join(bare)}." if hinted else ""
         ((text, _),) = fill_in([(caption, "")], "bbox", words if named else [""] * len(words))
-        text = " ".join(text.split())
+        text = re.sub(r" ([,.;:!?])", r"\1", " ".join(text.split()))  # before which words may have gone
         text = text[:1].upper() + text[1:]
         return [(question + hint, text if text.endswith((".", "!", "?")) else f"{text}.")]
 
     regions = [[Region(box=box) for box in boxes] for boxes in groups]
+    if not all(regions):
+        raise ValueError(f"group {regions.index([])} of bbox has no boxes; expected one or more in each")
     return Plan(regions, write, ("rectangle", "ellipse", "arrow"))
 
 

@@ -10,12 +10,14 @@ marker's words into the gaps:
 
 What each official data set's record says and asks, and where we leave the released code, is in readers.py.
 
-    python data/records.py check mix.json --images DIR        every bad record, by line, id and reason
+    python data/records.py check mix.json --images DIR        every bad record, by line, id and reason; what only shows
+                                                              when pixels or tokens are made, training tells
     python data/records.py preview mix.json --images DIR      a sheet of marked images; what is trained is highlighted
 """
 
 import itertools
 import multiprocessing
+import struct
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -148,11 +150,13 @@ def size_of(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             return (height, width) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
-    except (OSError, SyntaxError) as error:
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; shrink it") from None
+    except (OSError, SyntaxError, TypeError, struct.error) as error:
         raise ValueError(f"{path} can't be read as an image ({type(error).__name__}); is the file whole?") from None
 
 
-MALFORMED = (ValueError, TypeError, AttributeError, KeyError, IndexError, OSError)  # all that a bad record may raise
+MALFORMED = (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError, OSError)  # of a bad record
 
 
 class BadRecord(ValueError):
@@ -262,7 +266,7 @@ def _with_bar(items, total: int):
 def main(argv: list[str]) -> None:
     parser = Parser(prog="data/records.py", description="Look at the records that train a model.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("check", "name every bad record"), ("preview", "draw some, what is trained on green")):
+    for name, text in (("check", "name every record that can't be read"), ("preview", "draw some, what is trained on green")):
         command = commands.add_parser(name, help=text)
         command.add_argument("file", type=Path, help="a JSON array or JSON lines")
         command.add_argument("--images", type=Path, default=Path("."), help="the folder that images lie in (here)")

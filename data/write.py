@@ -46,7 +46,7 @@ def records(out: str | Path, n: int, seed: int = 0, side: int = 224, split: str 
 
 def houses(out: str | Path, n: int, seed: int = 0, side: int = 224) -> None:
     """A task that no weights of ours know, in our own format: OUT/train.json and OUT/test.json, n records each, about
-    scenes with houses in them. In every other one it is a house that is asked about."""
+    scenes that may have houses in them. In every other one it is a house that is asked about, if there is one."""
     with staged(out, n, side) as folder:
         for split in ("train", "test"):
             told = []

@@ -376,5 +376,6 @@ def prepare(args: argparse.Namespace, name: str, settings: Sequence[str] = ()) -
     args.images = args.images or args.data.parent
     if not args.images.is_dir():
         raise ValueError(f"no folder {args.images}; expected the one that images lie in")
+    args.settings["images"] = str(args.images.resolve())
     args.out = args.out or Path("runs/evals") / f"{name}-{args.model if args.model in NAMES else Path(args.model).name}"
     return args

@@ -13,6 +13,17 @@ from pathlib import Path
 from commandline import Parser, run
 
 
+def read(path: Path) -> dict:
+    """An experiment's results. ValueError: the file holds none."""
+    try:
+        said = json.loads(path.read_text())
+    except ValueError:
+        said = None
+    if not isinstance(said, dict) or "rows" not in said:
+        raise ValueError(f"{path} holds no results; expected what evals.experiments has written, such as overlay.json")
+    return said
+
+
 def draw(path: Path) -> Path | None:
     """Beside results.json its figure; None, and a line that says so, where there is no matplotlib."""
     try:
@@ -20,7 +31,7 @@ def draw(path: Path) -> Path | None:
     except ImportError:
         print("no figure: matplotlib is not here (pip install -r requirements-figures.txt)", file=sys.stderr)
         return None
-    said = json.loads(path.read_text())
+    said = read(path)
     groups = panels(said["rows"])
     columns = min(3, len(groups))
     lines = -(-len(groups) // columns)
@@ -74,7 +85,7 @@ def _panel(axes, panel: dict[str, list[dict]]) -> None:
 def markdown(path: Path) -> str:
     """The same as tables, a line a series."""
     tables = []
-    for panel in panels(json.loads(path.read_text())["rows"]):
+    for panel in panels(read(path)["rows"]):
         rows = next(iter(panel.values()))
         lines = [["", *(str(row["x"]) for row in rows)], ["---"] * (1 + len(rows))]
         for series, some in panel.items():

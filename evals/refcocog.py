@@ -51,15 +51,18 @@ def regions(file: JSONFile) -> dict[int, list[str]]:
     for k in range(len(file)):
         try:
             record = file[k]
-            region = json.dumps([record["image"], record["bboxes"]])
-            truths.setdefault(first.setdefault(region, k), []).append(field(record, "answer", str))
+            region, phrase = json.dumps([record["image"], record["bboxes"]]), field(record, "answer", str)
+            truths.setdefault(first.setdefault(region, k), []).append(phrase)
         except (ValueError, KeyError):
             truths[k] = []
     return truths
 
 
 def write_coco(out: Path, lines: list[dict], truths: list[list[str]]) -> None:
-    """The two files of the COCO caption evaluation; an image's id is the number of its region's first record."""
+    """The two files of the COCO caption evaluation, of regions that have phrases; an image's id is the number of its
+    region's first record."""
+    told = [(line, texts) for line, texts in zip(lines, truths) if texts]
+    lines, truths = [line for line, _ in told], [texts for _, texts in told]
     ids = [line["metadata"]["record"] for line in lines]
     captions = [{"image_id": k, "caption": text} for k, texts in zip(ids, truths) for text in texts]
     truth = {"info": {}, "licenses": [], "type": "captions", "images": [{"id": k} for k in ids],

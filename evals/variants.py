@@ -195,8 +195,9 @@ class Course:
 
 
 def teach(model: ViPLLaVA, lessons: Lessons, course: Course, seed: int, out: Path) -> None:
-    """Train projector and language model; a run that was cut goes on, one that is over is loaded."""
-    recipe = Recipe(data=lessons.variant.name, train="language", steps=course.steps, batch=course.batch,
+    """Train projector and language model; a run that was cut goes on, one that is over is loaded. out: a folder named after
+    what is trained."""
+    recipe = Recipe(data=out.name, train="language", steps=course.steps, batch=course.batch,
                           lr=course.lr, seed=seed)  # fmt: skip
     train.freeze(model, recipe, torch.float32)
     if course.compile:
@@ -205,7 +206,7 @@ def teach(model: ViPLLaVA, lessons: Lessons, course: Course, seed: int, out: Pat
     place = Place(model.llama.embed_tokens.weight.device, 0, 1)
     habits = Habits(log_every=max(1, course.steps // 4), keep=1)
     task = train.Task(Objective(model, course.low, False), lessons, publish=lambda state: None)
-    train.train(task, recipe, out, lessons.variant.name, place, habits)
+    train.train(task, recipe, out, out.name, place, habits)
 
 
 def examine(model: ViPLLaVA, lessons: Lessons, batch: int = 50) -> list[bool]:

@@ -60,7 +60,10 @@ def read_questions(path: Path) -> dict[str, str]:
     file, questions = JSONFile(path), {}
     for k in range(len(file)):
         try:
-            questions[f"v1_{field(file[k], 'question_id', int)}"] = field(file[k], "text", str)
+            name, text = f"v1_{field(file[k], 'question_id', int)}", field(file[k], "text", str)
+            if name in questions:
+                raise ValueError(f"question_id {name[3:]} came already; expected each once")
+            questions[name] = text
         except ValueError as error:
             raise ValueError(f"{path}, line {file.line(k)}: {error}") from None
     return questions
@@ -146,6 +149,8 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"{flag.replace('_', '-')} is {getattr(args, flag)}; expected {low} or more")
     if args.judge_url and not args.judge_url.startswith(("http://", "https://")):
         raise ValueError(f"judge-url is {args.judge_url}; expected http://… or https://…")
+    if args.images:
+        raise ValueError("--images came with vipbench, whose images lie beside its questions; expected --data alone")
     folder = args.data
     truths = read_truths(folder / "vip-bench-meta-data.json")
     args.data, args.images = folder / args.split / "questions.jsonl", folder / args.split / "images"

@@ -36,7 +36,7 @@ def train() -> None:
     """Loss and gradients of one batch of four samples, and the losses of 20 steps of AdamW on it, in float32."""
     model = transformers.VipLlavaForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32)
     ours = checkpoint.load(FOLDER, "cpu", torch.float32)
-    data = Examples(SceneSource("markers", 0, 224), ours[1], ours[0].config, None, 1000)
+    data = Examples(SceneSource("markers", 0, 224), ours[1], ours[0].config, False, 1000)
     micro = collate([data[j] for j in range(4)])
     real = torch.arange(micro.ids.size(1)) < torch.tensor([[len(data[j].ids)] for j in range(4)])
     batch = {"input_ids": micro.ids.masked_fill(micro.ids == IMAGE, model.config.image_token_id), "labels": micro.labels,

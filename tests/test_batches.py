@@ -28,7 +28,7 @@ def small():
 
 
 def examples(small, mix="markers", seed=0):
-    return Examples(SceneSource(mix, seed, 64), small[1], small[0].config, None, 1000)
+    return Examples(SceneSource(mix, seed, 64), small[1], small[0].config, False, 1000)
 
 
 def test_labels_are_exactly_the_answers(small):
@@ -135,7 +135,7 @@ def test_every_epoch_has_each_record_once_in_another_order(files):
 def test_bad_records_come_beside_the_good_ones(small, files, workers):
     """Guards against a bad record that is swapped for another, and words lost on the way from a worker."""
     source = RecordSource([files / "good.json", files / "bad.json"], files, seed=0)
-    data = Examples(source, small[1], small[0].config, None, 1000)
+    data = Examples(source, small[1], small[0].config, False, 1000)
     steps = list(batches(data, 4, 0, 0, 2, workers=workers))
     bad = [record for _, records in steps for record in records]
     assert len(bad) == 1 and isinstance(bad[0], BadRecord) and "none.png is not in" in str(bad[0]) and bad[0].id == "bad-0"
@@ -145,7 +145,7 @@ def test_bad_records_come_beside_the_good_ones(small, files, workers):
 def test_a_mask_of_another_size_is_a_bad_record(small, files):
     """Guards against a traceback, in a worker above all, where the record's line is what a person needs."""
     source = RecordSource([files / "small.json"], files, seed=0)
-    record = Examples(source, small[1], small[0].config, None, 1000)[0]
+    record = Examples(source, small[1], small[0].config, False, 1000)[0]
     assert isinstance(record, BadRecord) and record.id == "small" and "30 x 20 pixels, the image 60 x 40" in str(record)
 
 

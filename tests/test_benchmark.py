@@ -109,6 +109,8 @@ def test_answers_of_another_run_are_not_taken(world, first_run, tmp_path, capsys
     before = (tmp_path / "out/answers.jsonl").read_bytes()
     assert evaluate("visual7w", world, tmp_path / "out", "--seed", "1") == 2
     assert "holds answers of another run (seed 0, now 1)" in capsys.readouterr().err
+    assert evaluate("visual7w", world, tmp_path / "out", "--images", str(tmp_path)) == 2
+    assert f"another run (images {world.resolve()}, now {tmp_path.resolve()})" in capsys.readouterr().err
     shutil.copytree("weights/tiny", tmp_path / "tiny")
     assert evaluate("visual7w", world, tmp_path / "mine", "--model", str(tmp_path / "tiny")) == 0
     (tmp_path / "tiny/model.safetensors").touch()
@@ -288,6 +290,13 @@ def test_phrases_of_one_region_are_one_question(world, tmp_path, monkeypatch):
     answers = json.loads((tmp_path / "coco-results.json").read_text())
     assert len(truth["annotations"]) == len(records) and len(truth["images"]) == len(answers) == N
     assert {one["image_id"] for one in answers} == {one["id"] for one in truth["images"]}
+
+
+def test_a_bad_record_does_not_stand_for_a_good_one(tmp_path):
+    """Guards against a region that nobody asks about, because the first record of it has no phrase."""
+    records = [{"image": "a.png", "bboxes": [[1, 2, 3, 4]], "answer": answer} for answer in (None, "a man", "the man")]
+    (tmp_path / "some.json").write_text(json.dumps(records))
+    assert refcocog.regions(JSONFile(tmp_path / "some.json")) == {0: [], 1: ["a man", "the man"]}
 
 
 def test_numbers_in_words_count_after_the_clean_up(world, tmp_path, monkeypatch):

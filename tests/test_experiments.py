@@ -269,6 +269,14 @@ def test_panels_join_what_shares_its_values():
     assert [list(panel) for panel in figures.panels(rows)] == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
+@pytest.mark.parametrize("text", ["{}", "[1]", "no JSON"])
+def test_other_files_are_no_results(text, tmp_path, capsys):
+    """Guards against a traceback where a folder's other files are given, too."""
+    (tmp_path / "about.json").write_text(text)
+    assert run(figures.main, ["--markdown", str(tmp_path / "about.json")]) == 2
+    assert "about.json holds no results" in capsys.readouterr().err
+
+
 def test_tables_have_a_line_a_series(tmp_path, capsys):
     """Guards against numbers under another value's name."""
     rows = [row(series, x, [[1.0] * right + [0.0] * (10 - right)], 0.1) for series, x, right in

@@ -11,6 +11,7 @@ from PIL import Image
 from chat import IMAGE, encode_chat
 from commandline import run
 from data import records
+from data import preview as preview_module
 from data.preview import pieces
 from data.readers import kind_of
 from data.records import BadRecord, Records, annotate, choose_looks, to_sample
@@ -157,6 +158,23 @@ def test_looks_use_all_that_words_can_tell_apart():
         choose_looks(np.random.default_rng(0), 19, ("rectangle", "ellipse"))
 
 
+def test_sentences_close_where_words_have_gone(images):
+    """Guards against "a man , smiling": what stands before a comma may be a marker's words, which half of the time go."""
+    record = dict(OFFICIAL["flickr30k"], grounding="a man <bbox0>, smiling, throws <bbox1> .")
+    told = {sample.turns[0].answer for i in range(20) for sample in [to_sample(record, images, np.random.default_rng(i))]}
+    assert "A man, smiling, throws." in told and len(told) > 5
+    assert not any(" ," in text or " ." in text for text in told)
+
+
+def test_an_image_beyond_all_limits_is_a_bad_record(images, monkeypatch):
+    """Guards against a run that ends at one image, and can't even be told to skip it."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    Image.new("1", (70, 50)).save(images / "huge.png")
+    (images / "mix.json").write_text(json.dumps([dict(OFFICIAL["v7w"], image="huge.png")]))
+    with pytest.raises(BadRecord, match="huge.png has more than 2,000 pixels"):
+        Records([images / "mix.json"], images)[0]
+
+
 def test_text_alone(images):
     """Guards against a record without image that gets one."""
     sample = to_sample({"id": "x", "conversations": talk("Hello", "Hi")}, images, np.random.default_rng(0))
@@ -198,7 +216,11 @@ BAD = [
     ("vcr", "meta_dir", "./dataset/meta/none.json", "is not in"),
     ("vcr", "answer_label", 4, "answer_label is 4 of 4 choices"),
     ("vcr", "question", [[9], "runs"], "objects [0, 1, 2, 9] are mentioned; expected whole numbers below 3"),
+    ("refcocog", "segmentations", [[10, 10, 50, 10, 50, 50]], "a polygon of a segmentation is 10; expected a list"),
+    ("refcocog", "bboxes", [[10**400, 10, 40, 50]], "OverflowError"),
     ("flickr30k", "grounding", "a man <bbox2>", "<bbox2> in conversations, and 2 regions"),
+    ("flickr30k", "bbox", [[BOX], []], "group 1 of bbox has no boxes"),
+    ("pointQA_twice", "answer", None, "answer is None; expected a number or a word"),
     ("pointQA_twice", "general_question", None, "expected text"),
     ("regions", "regions", [{"circle": 3}], "region 0 is {'circle': 3}; expected box, polygons or mask"),
     ("regions", "regions", [{"mask": "none.png"}], "mask none.png is not in"),
@@ -263,6 +285,17 @@ def test_check_names_every_bad_record(images, capsys):
     assert f"{'all':15} {10:>9,} good, 3 bad" in said and said.count(" good") == 11
     (images / "mix.jsonl").write_text("\n".join(map(json.dumps, mix[:10])))
     assert run(records.main, ["check", str(images / "mix.jsonl"), "--images", str(images)]) == 0
+
+
+def test_a_preview_shows_the_prompt_of_training(images, tiny, monkeypatch):
+    """Guards against another template than training takes: "plain" where nothing is asked, or where it is wanted."""
+    captions = dict(OFFICIAL["conversations"], conversations=talk("<image>", "A dog."))
+    (images / "mix.json").write_text(json.dumps([captions, OFFICIAL["conversations"]]))
+    shown = []
+    monkeypatch.setattr(preview_module, "write_runs", lambda tile, y, runs: shown.append("".join(t for t, _ in runs)) or y)
+    for template in ("llava_v1", "plain"):
+        preview_module.preview(images / "mix.json", images, 2, images / "sheet.png", tiny, template)
+    assert ["USER" in text for text in shown] == [False, True, False, False]
 
 
 def test_preview_shows_markers_and_what_is_trained(images):

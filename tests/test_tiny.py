@@ -51,7 +51,7 @@ def test_trains_as_transformers_does():
     """Guards against labels shifted by one, an image that takes no gradient, and what such mistakes add up to: the loss
     and gradients of a batch of four, and the losses of 20 steps of AdamW."""
     model, tokenizer = checkpoint.load("tiny", device="cpu", dtype=torch.float32)
-    data, golden = Examples(SceneSource("markers", 0, 224), tokenizer, model.config, None, 1000), load_golden("tiny_training")
+    data, golden = Examples(SceneSource("markers", 0, 224), tokenizer, model.config, False, 1000), load_golden("tiny_training")
     micro = collate([data[j] for j in range(4)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0)
     losses = []

@@ -261,6 +261,7 @@ def test_a_mistake_is_one_line(flags, words, bench, tmp_path, capsys):
     ("vip-bench-meta-data.json", '{"v1_0": {"answer": "a", "capability": ["smell"]}}', "v1_0 is {'answer'"),
     ("vip-bench-meta-data.json", "{", "can't be read as JSON"),
     ("human/questions.jsonl", '{"question_id": "0", "text": "a"}', "line 1: question_id is '0'; expected a whole number"),
+    ("human/questions.jsonl", '{"question_id": 7, "text": "a"}\n{"question_id": 7, "text": "b"}', "line 2: question_id 7 came already"),
     ("human/questions.jsonl", '{"question_id": 0, "text": "a"}', "asks 1 questions, the meta data know 303"),
 ])  # fmt: skip
 def test_damaged_files_are_named(name, text, words, bench, tmp_path, capsys):
