@@ -27,14 +27,13 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 import lora
 import quant
 from chat import stop_ids
 from clip import CLIP
-from files import Part, weight_files
+from files import Part, weight_files, write_tensors
 from hub import find
 from layouts import (CLIP_REST, FIVE, METHOD, OFFICIAL, clip_config_json, clip_configs, clip_name, config_json,
                      hub_name, image_processor, join_configs, rename, rows_written, section, text_config,
@@ -65,7 +64,11 @@ def load(
 
 def _load(folder: Path, device, dtype, clip, quantize: str) -> tuple[ViPLLaVA, Tokenizer]:
     if what := lora.about(folder):
-        model, tokenizer = _load(find(what["base"]), device, dtype, clip, "")
+        try:
+            base = find(what["base"])
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{folder} is an adapter of a model that can't be found: {error}") from None
+        model, tokenizer = _load(base, device, dtype, clip, "")
         if model.config.quantized:
             raise ValueError(f"{folder} is an adapter of {what['base']}, which is {model.config.quantized}; expected 16 bits")
         model = lora.merge(lora.load(model, folder)).requires_grad_(True)
@@ -79,10 +82,10 @@ def _load(folder: Path, device, dtype, clip, quantize: str) -> tuple[ViPLLaVA, T
             f"{', '.join(OFFICIAL)} with clip_4layers_336"
         )
     method = section(config, "quantization_config", {}).get("quant_method", "")
-    methods = {"": "", **{METHOD + scheme: scheme for scheme in quant.SCHEMES}}
-    if method not in methods:
-        raise ValueError(f"{folder}/config.json says quant_method {method!r}; expected none, {' or '.join([*methods][1:])}")
-    parts = [Part(weight_files(folder), ("vision.",) if clip else (), methods[method])]
+    schemes = {METHOD + scheme: scheme for scheme in quant.SCHEMES}
+    if method not in ("", *schemes):
+        raise ValueError(f"{folder}/config.json says quant_method {method!r}; expected none, or {' or '.join(schemes)}")
+    parts = [Part(weight_files(folder), ("vision.",) if clip else (), schemes.get(method, ""))]
     vision = section(config, "vision_config", None)
     if official and not clip and not any(name.startswith("vision.") for name in parts[0].shapes):
         clip = DEFAULT_CLIP
@@ -124,6 +127,9 @@ def _assemble(
     """Configs of the whole, of the decoder and of the tower, and files -> a model; `fresh`: with a new projector."""
     shapes = {name: shape for part in parts for name, shape in part.shapes.items()}
     text = text_config(text, rows=shapes.get("llama.embed_tokens.weight", (0,))[0])
+    if tokenizer.vocab_size > text.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces, the model {text.vocab_size} rows for them; "
+                         "expected the model's own")  # fmt: skip
     vision = vision_config(vision)
     inputs = shapes.get("projector.layernorm.weight", (len(FIVE) * vision.width,))[0]
     config = join_configs(config, text, vision, inputs, tokenizer)
@@ -241,11 +247,16 @@ def _beside(folder) -> Iterator[Path]:
     _publish(beside, folder)
 
 
-def check_target(folder) -> Path:
-    """The folder, if `save` may write there. ValueError: a file or another model would be lost."""
+def check_target(folder, adapter: bool = False) -> Path:
+    """The folder, if `save` may write there, or `adapter`: lora.save. ValueError: a file or another model would be lost, or
+    an adapter and a model lie in one folder, of which only the adapter would be found."""
     folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; expected a folder, or a name that is free")
+    beside = "config.json" if adapter else lora.FILE
+    if (folder / beside).is_file():
+        this, other = ("an adapter", "a model") if adapter else ("a model", "an adapter")
+        raise ValueError(f"{folder} holds {other}, {beside}; expected another folder for {this}")
     if folder.is_dir() and any(WRITTEN.fullmatch(item.name) for item in folder.iterdir()):
         if "template" not in (read_json(folder / "config.json") if (folder / "config.json").is_file() else {}):
             raise ValueError(f"{folder} holds a model that was not saved from here; expected another folder")
@@ -284,8 +295,7 @@ def _write_weights(config: ViPLLaVAConfig, state: dict, folder: Path, shard_byte
             # A head's mean row is never the likeliest token. (Quantised it is any row: transformers can't read it, we don't.)
             mean = x.float().mean(dim=0, keepdim=True).to(x.dtype)
             tensors[hub_name(name)] = torch.cat([x, mean.expand(more, *x.shape[1:])])
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors lets nobody but its owner read it
+        write_tensors(tensors, folder / file)
         places.update(dict.fromkeys(tensors, file))
         total += sum(x.nbytes for x in tensors.values())
     if len(shards) > 1:
@@ -328,8 +338,7 @@ def save_clip(clip: CLIP, tokenize: CLIPTokenizer, folder: str | Path) -> None:
     """Write a whole CLIP in Hugging Face's layout: `load_clip` and transformers' CLIPModel read it."""
     with _beside(folder) as beside:
         tensors = {clip_name(name): x.cpu().contiguous() for name, x in clip.state_dict().items()}
-        save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
-        (beside / "model.safetensors").chmod(0o644)
+        write_tensors(tensors, beside / "model.safetensors")
         tokenize.save(beside)
         write_json(beside / "config.json", clip_config_json(clip, tokenize))
         write_json(beside / "preprocessor_config.json", image_processor(clip.vision_model.config.image_size))

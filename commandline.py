@@ -9,6 +9,7 @@
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -27,7 +28,8 @@ def check_device(name: str | None) -> torch.device:
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     device = name or ("cuda" if here["cuda"] else "cpu")
     try:
-        if torch.empty(0, device=device).device.type not in here:
+        found = torch.empty(0, device=device).device
+        if found.type not in here or found.type == "cpu" and ":" in str(device):
             raise RuntimeError
     except (RuntimeError, AssertionError):  # the latter where PyTorch was built without CUDA
         choices = " or ".join(name for name, there in here.items() if there)
@@ -58,11 +60,19 @@ def complain(error: Exception) -> None:
 
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """main(argv), by default of what was typed, and the exit status: 0, 2 after a mistake, 130 after Ctrl-C."""
+    """main(argv), by default of what was typed, and the exit status: 0, 2 after a mistake, 130 after Ctrl-C, 141 where
+    nobody reads on, as in `… | head -1`."""
+    if argv is None:
+        for stream in filter(None, (sys.stdin, sys.stdout)):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     try:
         main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        return 141
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise

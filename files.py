@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 import quant
 from layouts import BUFFERS, rename, split_fused
@@ -63,11 +64,22 @@ def open_file(path: Path, some: Collection[str] | None = None) -> dict[str, torc
         # What PyTorch wrote before version 1.6 is no zip file and can't be mapped.
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0]
+        advice = isinstance(error, pickle.UnpicklingError)  # PyTorch's, to read it as a program
+        reason = "it is no dict of tensors" if advice else str(error).strip().split("\n")[0]
         raise ValueError(f"{path} can't be read as weights ({reason}); is the file whole?") from None
     if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
         raise ValueError(f"{path} holds a {type(tensors).__name__}; expected a dict of tensors")
     return {name: x.detach() for name, x in tensors.items() if some is None or name in some}
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path, about: dict[str, str] | None = None) -> None:
+    """A .safetensors file that anybody may read. OSError: it can't be written; what there is of it goes."""
+    try:
+        save_file(tensors, path, about or {"format": "pt"})
+        path.chmod(0o644)  # safetensors lets nobody but its owner read it
+    except (SafetensorError, OSError) as error:
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path} can't be written ({error})") from None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,10 @@ class Journal:
         self.began, self.samples, self.tokens, self.skipped = time.perf_counter(), 0, 0, 0
         if speaks and (out / "log.jsonl").is_file():  # steps after the state that is taken up will be told again
             lines = [line for line in open(out / "log.jsonl") if line.endswith("\n")]  # the last may be half a one
-            kept = [line for line in lines if first and json.loads(line)["step"] <= first]
+            try:
+                kept = [line for line in lines if first and json.loads(line)["step"] <= first]
+            except (ValueError, LookupError, TypeError):
+                raise ValueError(f"{out / 'log.jsonl'} is no log of a run; expected lines of JSON: take it away") from None
             (out / "log.jsonl.part").write_text("".join(kept))
             os.replace(out / "log.jsonl.part", out / "log.jsonl")
             self.skipped = max((json.loads(line).get("bad", 0) for line in kept), default=0)

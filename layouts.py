@@ -221,7 +221,7 @@ def join_configs(config: dict, text: LlamaConfig, vision: VisionConfig, inputs: 
             raise ValueError(f"the config says {key} {given!r}; only {only!r} is known here")
     needs = {"<|eot_id|>": "llava_llama_3", "<|end|>": "llava_phi_3"}  # tokens that only these templates have
     template = config.get("template") or next((needs[t] for t in needs if t in tokenizer.specials), "llava_v1")
-    if template not in TEMPLATES:
+    if template not in list(TEMPLATES):
         raise ValueError(f"the config says template {template!r}; expected one of {', '.join(TEMPLATES)}")
     # The official layout has no image token. Its first free id is the first without a token, or without a row.
     free = min(text.vocab_size, 1 + max(tokenizer.vocab_size - 1, *tokenizer.specials.values()))

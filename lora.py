@@ -27,7 +27,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from files import write_tensors
 
 FILE = "adapter.safetensors"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all of the decoder's
@@ -104,8 +105,7 @@ def save(model: nn.Module, folder: str | Path, base: str, state: dict | None = N
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / f"{FILE}.part"
-    save_file({name: x.cpu().contiguous() for name, x in state.items()}, beside, {"about": json.dumps(what)})
-    beside.chmod(0o644)  # safetensors lets nobody but its owner read it
+    write_tensors({name: x.cpu().contiguous() for name, x in state.items()}, beside, {"about": json.dumps(what)})
     os.replace(beside, folder / FILE)
 
 
@@ -116,7 +116,11 @@ def about(folder: str | Path) -> dict | None:
         return None
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["about"])
+            what = json.loads(file.metadata()["about"])
+        kinds = {"base": str, "rank": int, "alpha": (int, float), "targets": list}
+        if not all(isinstance(what[key], kind) for key, kind in kinds.items()):
+            raise TypeError
+        return what
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path} can't be read as an adapter ({type(error).__name__}); is the file whole?") from None
 

@@ -35,6 +35,7 @@ weights saw them. Geometry is rounded to 1/100 pixel, lest the last bit of a pla
     python overlay.py markers.png          # writes a sheet of the eight markers, each with its phrase
 """
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,7 @@ COLORS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255), "yellow"
           "fuchsia": (255, 0, 255), "aqua": (0, 255, 255), "orange": (255, 165, 0), "purple": (128, 0, 128),
           "gold": (255, 215, 0)}
 NAMES = {rgb: name for name, rgb in COLORS.items()}
+SHEET = "markers.png"
 LIMIT = 100_000      # pixels: a coordinate beyond it is a mistake, and Pillow would walk along it for minutes
 
 
@@ -597,7 +599,9 @@ def draw(image: Image.Image, markers: Iterable[Marker]) -> Image.Image:
 
 
 def main(path: str) -> None:
-    """Write a sheet of the eight markers of one concave region."""
+    """Write a sheet of the eight markers of one concave region. ValueError: there is no such format, or a file already."""
+    if not path.lower().endswith((".png", ".jpg")) or os.path.exists(path) and path != SHEET:
+        raise ValueError(f"can't write {path}; expected a new name that ends in .png or .jpg")
     size, generator, sheet = (240, 180), np.random.default_rng(7), Image.new("RGB", (960, 360))
     region = Region(polygons=((60, 40, 180, 50, 170, 130, 120, 80, 70, 140),))
     for i, (kind, color) in enumerate(zip(KINDS, COLORS)):
@@ -611,7 +615,7 @@ def main(path: str) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1] if len(sys.argv) > 1 else "markers.png")
+        main(sys.argv[1] if len(sys.argv) > 1 else SHEET)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

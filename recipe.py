@@ -55,6 +55,8 @@ class Recipe:
         for name, low in lows.items():
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected {low} or more")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}; expected less than 2^63")
         for name in ("lr", "grad_clip", "epochs", "alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")

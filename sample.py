@@ -37,7 +37,7 @@ from clip import open_image, preprocess
 from commandline import Parser, check_device, complain, out_of_memory, run
 from generate import Memory, compile_steps, generate, room
 from overlay import Marker, draw, phrase
-from pointing import FLAGS, fill_in, place, short
+from pointing import FLAGS, fill_in, parse_marker, place, short
 from tokenizer import Stream, Tokenizer
 from vipllava import expand
 
@@ -122,15 +122,15 @@ def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
     return "".join(name * len(run) if name else tokenizer.decode(run) for name, run in runs)
 
 
-def check_show(path: Path, source: Path) -> Path:
-    """`path`, if the marked image of `source` can be written there."""
+def check_show(path: Path, *sources: Path | str) -> Path:
+    """`path`, if the marked image that is made of `sources` can be written there."""
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"can't save an image as {str(path)!r}; expected a name that ends in {', '.join(suffixes)}")
     if not path.parent.is_dir():
         raise ValueError(f"can't save {path}, as there is no folder {path.parent}; expected one that exists")
-    if path.is_dir() or path.exists() and path.samefile(source):
-        what = "a folder" if path.is_dir() else "the original"
+    if path.is_dir() or path.exists() and any(map(path.samefile, sources)):
+        what = "a folder" if path.is_dir() else "an image that was given"
         raise ValueError(f"can't save {path}, which is {what}; expected another name")
     return path
 
@@ -300,7 +300,8 @@ def main(argv: list[str]) -> None:
     question = args.question[0] if args.question else None
     turns = [] if args.chat and question is None else [Turn(fill_in(question, markers), image=True)]
     if args.show:
-        check_show(args.show, args.image)
+        masks = [where for flag, text in args.markers if isinstance(where := parse_marker(flag, text)[0], str)]
+        check_show(args.show, args.image, *masks)
 
     began = time.perf_counter()
     if not sys.stderr.isatty():
@@ -342,6 +343,4 @@ def warm_up(model, tokenizer, image: Image.Image, turns: list[Turn], **sampling)
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     sys.exit(run(main))

@@ -10,6 +10,7 @@ be read (a disk that was full, a file cut short), the one before is taken, and t
 """
 
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -22,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
+logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)  # what can't be read is said here
 OPTIONS = StateDictOptions(ignore_frozen_params=True)
 UNREADABLE = (dcp.CheckpointException, RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError,
               zipfile.BadZipFile)  # fmt: skip
@@ -45,7 +47,10 @@ def save(out: Path, model, optimizer, step: int, about: dict, keep: int) -> None
         beside.mkdir(parents=True)
     _wait()
     weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=beside)
+    try:
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=beside)
+    except RuntimeError as error:  # PyTorch's, of a disk that is full
+        raise OSError(f"{beside} can't be written ({str(error).splitlines()[0]})") from None
     if _first():
         (beside / "about.json").write_text(json.dumps({"step": step, **about}, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
@@ -90,7 +95,8 @@ class AnotherRun(ValueError):
 
 def _same_run(out: Path, found: dict, about: dict) -> None:
     then, now = {"base": found["base"], **found["recipe"]}, {"base": about["base"], **about["recipe"]}
-    if changed := [f"{key} {then.get(key)}, now {now[key]}" for key in now if then.get(key) != now[key]]:
+    same = then.keys() & now.keys()  # a field that is new had its default then
+    if changed := [f"{key} {then[key]}, now {now[key]}" for key in now if key in same and then[key] != now[key]]:
         expected = "expected the same flags, or another --out"
         raise AnotherRun(f"{out} holds a run with another recipe ({'; '.join(changed)}); {expected}")
 

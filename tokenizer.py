@@ -323,7 +323,10 @@ class Tokenizer:
         if path.suffix != ".json":
             return cls(*read_sentencepiece(path), source=path)
         config = path.with_name("tokenizer_config.json")
-        return cls(read_json(path), read_json(config) if config.is_file() else None, source=path)
+        try:
+            return cls(read_json(path), read_json(config) if config.is_file() else None, source=path)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no tokenizer that can be read ({type(error).__name__}: {error})") from None
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":

@@ -144,10 +144,12 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
     if measure and first == 0 and task.measure_first:
         with lowered(place.device, low):
             journal.measure(0, lambda: measure(model.eval()))
+    learned = 0
     for step, (micros, bad) in enumerate(steps, first):
         if bad and not habits.skip_bad:
             raise bad[0]
         journal.bad(bad)
+        learned += sum(len(micro.names) for micro in micros)
         loss, norm = update(objective, optimizer, trained, micros, recipe, step, place)
         done = step + 1
         journal.step(done, recipe, micros, loss, norm)
@@ -159,6 +161,8 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
             states.save(out, model, optimizer, done, about, habits.keep)
         if stop:
             break
+    if first < recipe.steps and not place.most(learned):
+        raise ValueError(f"all records were bad, see {journal.list}; nothing has been learned")
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if place.rank == 0:
         task.publish(state)
@@ -202,11 +206,13 @@ def held_out_records(model: ViPLLaVA, tokenizer: Tokenizer, records: Records, n:
     """Exact matches, case folded, of the first answers of up to n records with images."""
     chosen = [records[k * len(records) // n] for k in range(n)] if len(records) > n else list(records)
     chosen, right = [sample for sample in chosen if sample.open], 0
+    if not chosen:
+        raise ValueError(f"none of {len(records)} records to measure on has an image; expected some")
     for first in range(0, len(chosen), 16):
         group = chosen[first : first + 16]
         for sample, text in zip(group, answer(model, tokenizer, group, 64)):
             right += text.strip().lower() == sample.turns[0].answer.strip().lower()
-    return round(right / max(1, len(chosen)), 3)
+    return round(right / len(chosen), 3)
 
 
 # -- a small model from nothing --------------------------------------------------------------------------------------
@@ -241,7 +247,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description="Train a ViP-LLaVA.")
     what = f"what to train: {', '.join(RECIPES)}, or a .toml file such as those in recipes/; flags override its fields"
     parser.add_argument("recipe", help=what)
-    parser.add_argument("--out", type=Path, required=True, help="the run's folder; a run that is in it is continued")
+    parser.add_argument("--out", type=folder, required=True, help="the run's folder; a run that is in it is continued")
     parser.add_argument("--model", help="start from these weights (a name or folder); without it, a small random model")
     parser.add_argument("--clip", help="the model gets the image tower of this CLIP: a name or folder")
     parser.add_argument("--images", type=Path, help="the folder that the records' images lie in (here)")
@@ -272,9 +278,15 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("nothing came; expected a folder")
+    return Path(text)
+
+
 def find_source(recipe: Recipe, images: Path):
     """Where the samples come from, and the recipe with as many steps as its epochs have."""
-    names = [part.partition("=")[0] for part in recipe.data.split(",")]
+    names = recipe.data.split(",")
     if not recipe.data:
         raise ValueError(f"no data; expected --data with files of records, or with scenes: {', '.join(SCENES)}")
     missing = [name for name in names if not Path(name).is_file()]
@@ -296,7 +308,9 @@ def main(argv: list[str]) -> None:
     args = arguments(argv)
     fields = [field.name for field in dataclasses.fields(Recipe)]
     recipe = dataclasses.replace(read_recipe(args.recipe), **{n: getattr(args, n) for n in fields if hasattr(args, n)})
-    checkpoint.check_target(args.out)
+    target = checkpoint.check_target(args.out, adapter=recipe.train == "lora")
+    if args.model and resolved(args.model) == str(target):
+        raise ValueError(f"--out {args.out} is the model to start from; expected another folder")
     if recipe.train == "lora" and not args.model:
         raise ValueError("an adapter has no base; expected --model")
     place = find_place(args.device)

@@ -12,11 +12,14 @@ CONTEXT = multiprocessing.get_context("spawn")
 
 def serve(make: Callable, arguments: tuple, pipe) -> None:
     """What `make` returns does what is asked for: (method, arguments) -> result; None ends it, with its peak memory."""
-    work = make(*arguments)
-    pipe.send("ready")
-    while request := pipe.recv():
-        method, given = request
-        pipe.send(getattr(work, method)(*given))
+    try:
+        work = make(*arguments)
+        pipe.send("ready")
+        while request := pipe.recv():
+            method, given = request
+            pipe.send(getattr(work, method)(*given))
+    except (ValueError, OSError) as error:  # a mistake of the person's
+        return pipe.send(error)
     scale = 1 if sys.platform == "darwin" else 1024
     on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
     pipe.send(on_gpu or scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -39,9 +42,12 @@ class Side:
 
     def _receive(self):
         try:
-            return self._pipe.recv()
+            found = self._pipe.recv()
         except EOFError:
             raise MemoryError(f"{self.name} ended early; too little memory? expected room for it") from None
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def __call__(self, method: str, *arguments):
         self.start()

@@ -75,8 +75,10 @@ def parse_mix(text: str) -> tuple[list[str], list[float]]:
     for part in text.split(","):
         name, _, share = part.partition("=")
         if name not in SCENES:
-            choices = f"files of records, or of {', '.join(SCENES)}, as in markers=3,captions=1"
-            raise ValueError(f"unknown data source {name!r}; expected {choices}")
+            choices = f"files of records, or some of {', '.join(SCENES)}, as in markers=3,captions=1"
+            raise ValueError(f"data {part!r} is neither a file nor drawn here; expected {choices}")
+        if name in shares:
+            raise ValueError(f"{name} came twice in {text!r}; expected it once")
         try:
             shares[name] = float(share or 1)
         except ValueError:

@@ -28,10 +28,11 @@ def pieces(tokenizer: Tokenizer, ids: list[int], trained: list[bool]) -> list[tu
 
 
 def preview(path: Path, images: Path, n: int, out: Path, tokenizer: Tokenizer, template: str, side: int = 320) -> None:
-    """A sheet of n samples from all over a file: the marked image, and under it the turns, what is trained on green."""
+    """A sheet of n samples, or of all that there are, from all over a file: the marked image, and under it the turns, what is trained on green."""
     records = Records([path], images)
-    if not 1 <= n <= len(records):
-        raise ValueError(f"n is {n}, and {path} has {len(records)} records; expected 1 to as many")
+    if n < 1 or not len(records):
+        raise ValueError(f"n is {n}, and {path} has {len(records)} records; expected 1 or more")
+    n = min(n, len(records))
     tiles = []
     for k in range(n):
         sample = records[k * len(records) // n]

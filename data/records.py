@@ -17,6 +17,7 @@ What each official data set's record says and asks, and where we leave the relea
 
 import itertools
 import multiprocessing
+import signal
 import struct
 import sys
 from collections import Counter
@@ -156,7 +157,7 @@ def size_of(path: Path) -> tuple[int, int]:
         raise ValueError(f"{path} can't be read as an image ({type(error).__name__}); is the file whole?") from None
 
 
-MALFORMED = (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError, OSError)  # of a bad record
+MALFORMED = (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError, OSError)  # of a bad record
 
 
 class BadRecord(ValueError):
@@ -243,7 +244,8 @@ def check(path: Path, images: Path, processes: int | None = None) -> int:
     """Print every bad record and how many are good, by kind; returns how many are bad."""
     file, good, bad = JSONFile(path), Counter(), 0
     tasks = [(file, images, range(first, min(first + 1000, len(file)))) for first in range(0, len(file), 1000)]
-    with multiprocessing.Pool(processes) as pool:
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
+    with multiprocessing.Pool(processes, signal.signal, ignore) as pool:
         for some, wrong in _with_bar(pool.imap(check_range, tasks), len(tasks)):
             good += some
             bad += len(wrong)

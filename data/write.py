@@ -72,7 +72,7 @@ def flat(thing):
 @contextlib.contextmanager
 def staged(out, n, side):
     """A folder beside `out` to write into, renamed when complete; `out` must be new or empty."""
-    out = Path(out)
+    out = Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder; expected a new or an empty one")
     if n < 1 or side < 32:

@@ -163,7 +163,7 @@ def ask(benchmark: Benchmark, args, numbers: Sequence[int] | None = None) -> lis
     numbers = range(len(JSONFile(args.data))) if numbers is None else numbers
     if not numbers:
         raise ValueError(f"no records in {args.data}")
-    done = {line["metadata"]["record"]: line for line in read_lines(path) if "error" not in line["metadata"]}
+    done = {line["metadata"]["record"]: line for line in read_lines(path, ["metadata"]) if "error" not in line["metadata"]}
     missing = [k for k in numbers if k not in done]
     check_settings(args)
     if path.is_file():  # what was bad is asked again, and half a line is dropped
@@ -173,6 +173,9 @@ def ask(benchmark: Benchmark, args, numbers: Sequence[int] | None = None) -> lis
         done.update({line["metadata"]["record"]: line for line in lines})
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(map(dumps, lines))
+    if all("error" in done[k]["metadata"] for k in numbers):
+        about = done[numbers[0]]["metadata"]
+        raise ValueError(f"all {len(numbers)} records of {args.data} are bad; line {about['line']}: {about['error']}")
     return [done[k] for k in numbers]
 
 
@@ -237,22 +240,26 @@ def dumps(line: dict) -> str:
 
 def replace_file(path: Path, text: str) -> None:
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")  # two commands may write to one folder
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)  # of a disk that is full
 
 
 def write_lines(path: Path, lines: Sequence[dict]) -> None:
     replace_file(path, "".join(map(dumps, lines)))
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The whole lines of a file of JSON lines; the last may have been cut. ValueError: one is no JSON."""
+def read_lines(path: Path, needed: Sequence[str]) -> list[dict]:
+    """The whole lines of a file of JSON lines, each an object with the keys that are needed; the last may have been cut.
+    ValueError: one is another."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError:
+        return [{key: said[key] for key in [*needed, *said]} for said in map(json.loads, lines)]
+    except (ValueError, LookupError, TypeError):
         raise ValueError(f"{path} can't be read; expected lines of JSON: take it away, or give another --out") from None
 
 
@@ -266,6 +273,8 @@ def check_settings(args) -> None:
     path = args.out / "run.json"
     if path.is_file():
         before = read_json(path)
+        if not isinstance(before, dict):
+            raise ValueError(f"{path} is not of a run; expected another --out")
         for key in settings:
             if settings[key] != before.get(key):
                 difference = f"{key} {before.get(key)}, now {settings[key]}"

@@ -42,7 +42,7 @@ from commandline import Parser, at_least, check_device, run
 from data.records import Sample
 from data.scenes import generator_for
 from evals import figures, probes, trials
-from evals.benchmark import answer, interval, interval_of_mean, replace_file
+from evals.benchmark import answer, interval, interval_of_mean, read_json, replace_file
 from evals.variants import Course, Lessons, States, Variant, by_coordinates, examine, exercise, lesson, start, teach
 from overlay import KINDS
 from parallel import Place
@@ -342,7 +342,7 @@ def digest(model: ViPLLaVA) -> str:
 def refuse_another(out: Path, about: dict) -> None:
     """The folder's results must be of these settings. ValueError: they are of others."""
     path = out / "about.json"
-    if path.is_file() and json.loads(path.read_text()) != about:
+    if path.is_file() and read_json(path) != about:
         raise ValueError(f"{path} speaks of another model or plan; expected the same flags, or another --out")
     out.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(about, indent=1) + "\n")

@@ -19,7 +19,7 @@ def read(path: Path) -> dict:
         said = json.loads(path.read_text())
     except ValueError:
         said = None
-    if not isinstance(said, dict) or "rows" not in said:
+    if not isinstance(said, dict) or not isinstance(said.get("rows"), list):
         raise ValueError(f"{path} holds no results; expected what evals.experiments has written, such as overlay.json")
     return said
 

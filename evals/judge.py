@@ -64,6 +64,19 @@ TRIES = 5
 PAUSE = 2.0  # seconds before the second try; twice as long before each further one
 
 
+def secret() -> str:
+    """The judge's key, or nothing."""
+    return next((os.environ[name] for name in KEYS if os.environ.get(name)), "")
+
+
+def check_address(url: str) -> None:
+    """ValueError: this is none, or the key can't be sent."""
+    if not re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s/\[\]]+)(/\S*)?", url):
+        raise ValueError(f"judge-url is {url}; expected http://… or https://…")
+    if not re.fullmatch(r"[!-~]*", secret()):
+        raise ValueError(f"the key in {' or '.join(KEYS)} has a space, an end of line or a letter that no key has")
+
+
 class NoGrade(ValueError):
     """The judge replies, but not with a grade."""
 
@@ -73,7 +86,7 @@ class Cache:
 
     def __init__(self, path: str | Path):
         self.path, self._lock, self._grades = Path(path), threading.Lock(), {}
-        lines = read_lines(self.path)
+        lines = read_lines(self.path, ["key", "score"])
         if lines:
             self._grades = {line["key"]: line["score"] for line in lines}
             write_lines(self.path, lines)  # without the half of a line that a cut run may have left
@@ -136,8 +149,8 @@ class Judge:
 
     def _post(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json"}
-        if key := next((os.environ[name] for name in KEYS if os.environ.get(name)), ""):
-            headers["Authorization"] = f"Bearer {key}"
+        if secret():
+            headers["Authorization"] = f"Bearer {secret()}"
         request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
         local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")  # no proxy stands before it
         opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))

@@ -161,6 +161,8 @@ def main(argv: list[str]) -> None:
     for flag, low in (("n", 128), ("seed", 0), ("side", 32)):
         if getattr(args, flag) < low:
             raise ValueError(f"{flag} is {getattr(args, flag)}; expected {low} or more")
+    if args.out and not args.out.parent.is_dir():
+        raise ValueError(f"can't write {args.out}, as there is no folder {args.out.parent}; expected one that exists")
     device = check_device(args.device)
     if args.clip:
         tower = checkpoint.load_clip(args.clip, device, torch.float32)[0].vision_model

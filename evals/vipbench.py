@@ -29,7 +29,7 @@ from data.index import JSONFile
 from data.readers import Plan, field
 from data.records import Sample
 from evals.benchmark import Benchmark, ask, flags, prepare, read_json, replace_file, report, row, with_bar
-from evals.judge import Cache, Judge, NoGrade
+from evals.judge import Cache, Judge, NoGrade, check_address
 from evals.scorers import matches
 
 CAPABILITIES = {"rec": "Rec", "ocr": "OCR", "know": "Know", "math": "Math", "rel": "Rel", "lang": "Lang"}
@@ -144,11 +144,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--judge-threads", type=int, default=4, help="answers graded at once (4)")
     parser.add_argument("--judge-timeout", type=float, default=60.0, help="seconds to wait for a grade (60)")
     args = parser.parse_args(argv)
-    for flag, low in (("judge_runs", 1), ("judge_threads", 1), ("judge_timeout", 1e-3)):
-        if not getattr(args, flag) >= low:
-            raise ValueError(f"{flag.replace('_', '-')} is {getattr(args, flag)}; expected {low} or more")
-    if args.judge_url and not args.judge_url.startswith(("http://", "https://")):
-        raise ValueError(f"judge-url is {args.judge_url}; expected http://… or https://…")
+    for flag, low, high in (("judge_runs", 1, 1000), ("judge_threads", 1, 1000), ("judge_timeout", 1e-3, 86_400)):
+        if not low <= getattr(args, flag) <= high:
+            raise ValueError(f"{flag.replace('_', '-')} is {getattr(args, flag)}; expected {low} to {high}")
+    if args.judge_url:
+        check_address(args.judge_url)
     if args.images:
         raise ValueError("--images came with vipbench, whose images lie beside its questions; expected --data alone")
     folder = args.data

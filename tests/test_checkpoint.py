@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import files
 import layouts
 from chat import IMAGE
 from clip import CLIP, TextConfig, VisionConfig
@@ -391,6 +392,8 @@ def test_an_unknown_number_of_layers_is_refused(tmp_path):
     (None, {"mm_vision_select_feature": "cls_patch"}, ("cls_patch", "'patch'")),
     (None, {"quantization_config": {"quant_method": "bitsandbytes"}}, ("bitsandbytes", "vip-llava-int8")),
     (None, {"template": "alpaca"}, ("alpaca", "llava_v1")),
+    (None, {"template": ["llava_v1"]}, ("['llava_v1']", "llava_v0")),
+    (None, {"quantization_config": {"quant_method": ["int8"]}}, ("['int8']", "vip-llava-int8")),
     ("text_config", {"hidden_size": "wide"}, ("hidden_size", "'wide'", "whole number")),
     ("text_config", {"num_hidden_layers": -1}, ("num_hidden_layers -1",)),
     ("text_config", {"intermediate_size": 12.5}, ("intermediate_size 12.5",)),
@@ -530,7 +533,7 @@ def test_a_failed_save_leaves_the_old_model(tmp_path, model, monkeypatch):
     def full(*_, **__):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(make(feature_layers=(1,)), TOKENIZER, tmp_path / "m")
     assert [f.name for f in tmp_path.iterdir()] == ["m"]

@@ -1,9 +1,16 @@
 """What all commands do alike."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import commandline
 from commandline import Parser, check_device, run
+
+ROOT = Path(commandline.__file__).parent
 
 
 @pytest.mark.parametrize(
@@ -52,7 +59,16 @@ def test_flags_that_are_wrong_are_one_line(capsys):
     assert capsys.readouterr().err == "error: unrecognized arguments: --nosuch\n"
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "meta", "abacus"])
+def test_nobody_reads_on():
+    """Guards against an error for `… | head -1`, and against Python's own complaint at its end."""
+    code = "import sys; from commandline import run; sys.exit(run(lambda argv: print('a line\\n' * 10**5)))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 141
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "meta", "abacus", "cpu:3"])
 def test_a_device_that_is_not_here_is_refused(name):
     """Guards against a device that is taken for another, or that is only missed when the weights have been read."""
     with pytest.raises(ValueError, match=f"no device '{name}' here; expected cpu"):

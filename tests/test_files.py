@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import files
@@ -44,6 +45,19 @@ def test_carried_in_pieces(dtype, shape, tmp_path, monkeypatch):
         torch.testing.assert_close(y, x, rtol=0, atol=0)
         pieces = -(-x.nbytes // 24)
         assert sum(fence.waited for fence in fences) == max(0, pieces - 2)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    """Guards against a traceback of another library's, and half a file that looks like weights."""
+
+    def full(tensors, path, about):
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OSError, match="x.safetensors can't be written .No space left"):
+        files.write_tensors({}, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_ends_early(tmp_path):

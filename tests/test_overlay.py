@@ -504,3 +504,7 @@ def test_the_command_of_the_docstring(tmp_path):
     subprocess.run([sys.executable, "overlay.py", str(tmp_path / "markers.png")], cwd=root, check=True, timeout=60)
     sheet = Image.open(tmp_path / "markers.png")
     assert sheet.size == (960, 360) and len(sheet.getcolors(99999)) > 2 + len(KINDS)
+    for name in ("markers.png", "markers.xyz", "nowhere/markers.png"):  # there already; no format; no folder
+        command = [sys.executable, "overlay.py", str(tmp_path / name)]
+        refused = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+        assert refused.returncode == 2 and refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1

@@ -310,7 +310,7 @@ def test_preview_shows_markers_and_what_is_trained(images):
 
 @pytest.mark.parametrize("argv, words", [
     (["check", "none.json"], "no file none.json"), (["check", "mix.json", "--images", "none"], "no folder none"),
-    (["preview", "mix.json", "-n", "2"], "n is 2, and mix.json has 1 records"), (["look"], "invalid choice"),
+    (["preview", "mix.json", "-n", "0"], "n is 0, and mix.json has 1 records"), (["look"], "invalid choice"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(argv, words, images, monkeypatch, capsys):
     """Guards against tracebacks."""

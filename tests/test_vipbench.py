@@ -214,6 +214,14 @@ def test_the_key_and_no_proxy(server, tmp_path, monkeypatch):
     assert "secret" not in (tmp_path / "judge.jsonl").read_text()
 
 
+@pytest.mark.parametrize("key", ["sk-secret\r", "sk-secret€", "sk secret"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_told(key, bench, tmp_path, server, monkeypatch, capsys):
+    """Guards against a secret in an error message, and against five tries for what is wrong for good."""
+    monkeypatch.setenv("JUDGE_API_KEY", key)
+    assert score(bench, tmp_path, "--judge-url", server.url) == 2 and not server.requests
+    assert "the key in JUDGE_API_KEY" in (err := capsys.readouterr().err) and "secret" not in err
+
+
 @pytest.mark.parametrize("reply, grade", [
     ("1.0", 1.0), ("0", 0.0), (" 0.3 |", 0.3), (".5", 0.5), ("1", 1.0), ("0.5\n", 0.5),
     ("1.5", None), ("-1", None), ("", None), ("one", None), ("0.5.1", None), ("10", None), ("0.5x", None),
