@@ -250,7 +250,8 @@ BAD = [  # what follows `python sample.py --image photo.jpg` (400 x 300 pixels),
     ("'What is this?' --show a.xyz", "can't save an image as 'a.xyz'; expected a name that ends in .png, .jpg"),
     ("'What is this?' --show a", "can't save an image as 'a'; expected a name that ends in"),
     ("'What is this?' --show none/a.png", "there is no folder none"),
-    ("'What is this?' --show photo.jpg", "can't save photo.jpg, which is the original; expected another name"),
+    ("'What is this?' --show photo.jpg", "can't save photo.jpg, which is an image that was given; expected another name"),
+    ("--mask mask.png --show mask.png", "can't save mask.png, which is an image that was given"),
     (f"'{LONG}' --show a.png", "expected at most 320 in all"),
     (f"'{LONG}' --json", "expected at most 320 in all"),
 ]
@@ -561,7 +562,7 @@ CHAT_BAD = [
     ("/foo", "unknown command /foo; expected a question, a marker (/rectangle"), ("/", "unknown command /;"),
     ("/arrow", "expected x,y (tip)"), ("/arrow 900,900", "nothing of the arrow"), ("/point 5,5:width=3", "unknown option"),
     ("What is {2}?", "mentions marker {2}; expected {1}"), ("/image missing.jpg", "no image file at missing.jpg"),
-    ("/image", "no image file at ."), ("/show", "can't save"), ("/show photo.jpg", "which is the original"),
+    ("/image", "no image file at ."), ("/show", "can't save"), ("/show photo.jpg", "which is an image that was given"),
     ("/mask narrow.png", "399"),
 ]  # fmt: skip
 

@@ -371,7 +371,7 @@ def test_nothing_but_bad_records_is_no_run(base, mine, tmp_path):
     assert not (tmp_path / "run" / "model.safetensors").exists()
     with pytest.raises(ValueError, match="none of 1 records to measure on has an image"):
         (tmp_path / "texts.json").write_text(json.dumps(json.loads((mine / "good.json").read_text())[4:5]))
-        main([*argv[:4], str(mine / "good.json"), *argv[5:], "--valid", str(tmp_path / "texts.json")])
+        main([*argv[:4], str(mine / "good.json"), *argv[5:-1], str(tmp_path / "other"), "--valid", str(tmp_path / "texts.json")])
 
 
 def test_another_tower_does_not_continue_a_run(base, tmp_path, monkeypatch):
