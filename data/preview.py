@@ -28,7 +28,8 @@ def pieces(tokenizer: Tokenizer, ids: list[int], trained: list[bool]) -> list[tu
 
 
 def preview(path: Path, images: Path, n: int, out: Path, tokenizer: Tokenizer, template: str, side: int = 320) -> None:
-    """A sheet of n samples, or of all that there are, from all over a file: the marked image, and under it the turns, what is trained on green."""
+    """A sheet of n samples from all over a file, or of all: the marked image, and under it the turns, what is trained on
+    green."""
     records = Records([path], images)
     if n < 1 or not len(records):
         raise ValueError(f"n is {n}, and {path} has {len(records)} records; expected 1 or more")
