@@ -249,7 +249,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     one("--top-p", type=float, default=1.0, metavar="P", help="if T > 0, only the likeliest tokens that sum to P")
     one("--seed", type=int, default=0, metavar="N", help="if T > 0, the same seed gives the same answer (default: 0)")
     one("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
-    one("--dtype", choices=DTYPES, help="of the weights (default: on a GPU the 16 bits stored, else bfloat16; on a CPU float32 if memory allows)")
+    one("--dtype", choices=DTYPES, help="of the weights (default: the stored 16 bits on a GPU, float32 on a CPU with memory, else bfloat16)")
     one("--quantize", choices=("int8", "int4"), default="", help="fewer bits for the decoder's weights, see quant.py")
     switch("--compile", help="torch.compile the decoding: a slow start, which --json counts as loading, then faster")
     args, unknown = parser.parse_known_args(_attach_negatives(argv))
