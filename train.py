@@ -314,8 +314,6 @@ def main(argv: list[str]) -> None:
     if recipe.train == "lora" and not args.model:
         raise ValueError("an adapter has no base; expected --model")
     place = find_place(args.device)
-    if args.parallel == "fsdp" and place.world == 1:
-        raise ValueError("--parallel fsdp came with one process; expected several, started by torchrun")
     torch.set_flush_denormal(True)  # a CPU works through numbers next to zero at a hundredth of its speed
     low = getattr(torch, args.precision or ("bfloat16" if place.device.type == "cuda" else "float32"))
     base = resolved(args.model)
@@ -358,6 +356,8 @@ def contrast_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: t
 
 def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: torch.dtype, base: str):
     """A ViP-LLaVA that learns to answer."""
+    if args.parallel == "fsdp" and place.world == 1:
+        raise ValueError("--parallel fsdp came with one process; expected several, started by torchrun")
     source, recipe = find_source(recipe, args.images or Path("."))
     if args.clip and recipe.train == "lora":
         raise ValueError("--clip came with lora, whose file has no image tower; expected to train without")

@@ -251,15 +251,18 @@ def write_lines(path: Path, lines: Sequence[dict]) -> None:
     replace_file(path, "".join(map(dumps, lines)))
 
 
-def read_lines(path: Path, needed: Sequence[str]) -> list[dict]:
+def read_lines(path: Path, needed: Sequence[str] = ()) -> list[dict]:
     """The whole lines of a file of JSON lines, each an object with the keys that are needed; the last may have been cut.
     ValueError: one is another."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     try:
-        return [{key: said[key] for key in [*needed, *said]} for said in map(json.loads, lines)]
-    except (ValueError, LookupError, TypeError):
+        said = [json.loads(line) for line in lines]
+        if not all(isinstance(one, dict) and one.keys() >= set(needed) for one in said):
+            raise ValueError
+        return said
+    except ValueError:
         raise ValueError(f"{path} can't be read; expected lines of JSON: take it away, or give another --out") from None
 
 

@@ -163,20 +163,21 @@ def test_what_only_the_tags_or_the_pixels_show_is_bad_too(world, tmp_path, capsy
     records[3]["question"] = " "
     records[5] |= {"image": "thin.png"}
     shutil.copytree(world / "images", tmp_path / "images")
-    Image.new("1", (20_000, 2)).save(tmp_path / "thin.png")
-    boxes = [[1 + 20 * i, 0, 10 + 20 * i, 2] for i in range(4)]
+    Image.new("1", (2, 20_000)).save(tmp_path / "thin.png")
+    boxes = [[0, 1 + 20 * i, 2, 10 + 20 * i] for i in range(4)]
     records[5] |= {"bboxes": boxes, "answer": boxes[1]}
     (tmp_path / "v7w-test.json").write_text(json.dumps(records))
     assert evaluate("visual7w", tmp_path, tmp_path / "out") == 0
     out = capsys.readouterr().out
-    assert "2 bad records" in out and "v7w-3: " in out and "v7w-5: an image of 20000 x 2 pixels is too long" in out
+    assert "2 bad records" in out and "v7w-3: " in out and "v7w-5: an image of 2 x 20000 pixels is too long" in out
 
 
 def test_a_damaged_file_of_answers_is_named(world, first_run, tmp_path, capsys):
     shutil.copytree(first_run / "pointqa", tmp_path / "out")
-    (tmp_path / "out/answers.jsonl").write_text("{\n{}\n")
-    assert evaluate("pointqa", world, tmp_path / "out") == 2
-    assert "answers.jsonl can't be read" in capsys.readouterr().err
+    for damaged in ("{\n{}\n", "{}\n", '{"key": 1}\n', "[]\n"):
+        (tmp_path / "out/answers.jsonl").write_text(damaged)
+        assert evaluate("pointqa", world, tmp_path / "out") == 2
+        assert "answers.jsonl can't be read" in capsys.readouterr().err
 
 
 # -- what is asked and counted ---------------------------------------------------------------------------------------
