@@ -109,6 +109,7 @@ class Task:
     measure: Callable | None = None  # of the model: the accuracy to report, or accuracies by name
     measure_first: bool = False  # before the first step, too
     flops: float = 0.0  # of a token, to report MFU
+    files: dict[str, int] = dataclasses.field(default_factory=dict)  # of records, and their bytes: a run goes on with the same only
 
 
 def update(objective, optimizer, trained: list, micros: list[Micro], recipe: Recipe, step: int, place: Place):
@@ -136,7 +137,7 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
     objective = spread(task.objective, parallel, place)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, recipe.beta2), fused=True)
-    about = {"recipe": dataclasses.asdict(recipe), "base": base}
+    about = {"recipe": dataclasses.asdict(recipe) | task.files, "base": base}
     first = states.load(out, model, optimizer, about)
     journal = Journal(out, place.rank == 0, first, habits, place, task.flops)
     steps = batches(task.data, recipe.batch, recipe.seed, first, recipe.steps, micro=habits.micro, rank=place.rank,
@@ -398,7 +399,9 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
 
     data = Examples(source, tokenizer, model.config, recipe.template == "plain", recipe.length)
     objective = Objective(model, low, place.world > 1)
-    return Task(objective, data, publish, measure, isinstance(source, RecordSource), flops_per_token(model)), recipe
+    read = source.records.files if isinstance(source, RecordSource) else []
+    files = {f"bytes of {file.path}": file.path.stat().st_size for file in read}
+    return Task(objective, data, publish, measure, bool(read), flops_per_token(model), files), recipe
 
 
 if __name__ == "__main__":

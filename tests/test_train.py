@@ -342,6 +342,19 @@ def test_a_run_begun_before_a_field_was_there_goes_on(tmp_path):
         main([*argv, "--lr", "0.5"])
 
 
+def test_other_records_do_not_continue_a_run(base, mine, tmp_path):
+    """Guards against a run that goes on with records that were changed under their old name."""
+    records = json.loads((mine / "good.json").read_text())
+    (tmp_path / "some.json").write_text(json.dumps(records))
+    argv = ["stage2", "--model", str(base), "--data", str(tmp_path / "some.json"), "--images", str(mine), "--batch", "4",
+            "--length", "300", "--device", "cpu", "--out", str(tmp_path / "run")]  # fmt: skip
+    main(argv)
+    main(argv)
+    (tmp_path / "some.json").write_text(json.dumps(records[:-1]))
+    with pytest.raises(ValueError, match="bytes of .*some.json [0-9]+, now [0-9]+"):
+        main([*argv, "--steps", "3"])
+
+
 def test_a_run_does_not_bury_where_it_begins(base, tmp_path, monkeypatch):
     """Guards against weights that are overwritten by their own training, an adapter that names itself as its base, and a
     model beside an adapter, which alone would be found."""
