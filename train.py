@@ -109,7 +109,7 @@ class Task:
     measure: Callable | None = None  # of the model: the accuracy to report, or accuracies by name
     measure_first: bool = False  # before the first step, too
     flops: float = 0.0  # of a token, to report MFU
-    files: dict[str, int] = dataclasses.field(default_factory=dict)  # of records, and their bytes: a run goes on with the same only
+    files: dict[str, int] = dataclasses.field(default_factory=dict)  # of records, and their bytes: a run keeps to them
 
 
 def update(objective, optimizer, trained: list, micros: list[Micro], recipe: Recipe, step: int, place: Place):
