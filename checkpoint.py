@@ -54,9 +54,8 @@ def load(
 
     path_or_name: see `find`. device: None is CUDA where there is one. dtype: "stored" is that of the files, None leaves
     it to `default_dtype`. clip: another CLIP whose image tower is to be used; DEFAULT_CLIP's is where the official layout
-    has none inside.
-    quantize: "int8" or "int4", see quant.py, and `ready` for use, not to be saved. A folder with an adapter (lora.py)
-    gives its base with the adapter merged.
+    has none inside. quantize: "int8" or "int4", see quant.py, and `ready` for use, not to be saved. A folder with an
+    adapter (lora.py) gives its base with the adapter merged.
     """
     model, tokenizer = _load(find(path_or_name), device, dtype, clip, quantize)
     return quant.pack(model) if ready else model, tokenizer

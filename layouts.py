@@ -217,7 +217,7 @@ def feature_layers(config: dict, inputs: int, width: int) -> tuple[int, ...]:
 def join_configs(config: dict, text: LlamaConfig, vision: VisionConfig, inputs: int, tokenizer: Tokenizer):
     """The whole model's configuration; what `config` leaves open the projector's inputs and the tokenizer tell."""
     for key, only in WHOLE.items():
-        if (given := config.get(key, only)) != only:
+        if (given := config.get(key)) not in (None, only):
             raise ValueError(f"the config says {key} {given!r}; only {only!r} is known here")
     needs = {"<|eot_id|>": "llava_llama_3", "<|end|>": "llava_phi_3"}  # tokens that only these templates have
     template = config.get("template") or next((needs[t] for t in needs if t in tokenizer.specials), "llava_v1")

@@ -423,6 +423,7 @@ def test_templates():
         return layouts.join_configs(config, TEXT, VISION, 120, tokenizer).template
 
     assert join({}, TOKENIZER) == "llava_v1"
+    assert join({"mm_use_im_start_end": None}, TOKENIZER) == "llava_v1"  # as if it said nothing
     assert join({"template": "plain"}, TOKENIZER) == "plain"
     spec = dict(TOKENIZER.spec)
     for name, template in (("<|end|>", "llava_phi_3"), ("<|eot_id|>", "llava_llama_3")):

@@ -381,6 +381,8 @@ def test_nothing_but_bad_records_is_no_run(base, mine, tmp_path):
             "--steps", "2", "--length", "300", "--device", "cpu", "--out", str(tmp_path / "run")]  # fmt: skip
     with pytest.raises(ValueError, match="all records were bad, see .*bad-0.txt"):
         main(argv)
+    main([*argv[:-1], str(tmp_path / "good"), "--data", str(mine / "good.json"), "--batch", "4"])
+    assert (tmp_path / "good" / "model.safetensors").exists()
     assert not (tmp_path / "run" / "model.safetensors").exists()
     with pytest.raises(ValueError, match="none of 1 records to measure on has an image"):
         (tmp_path / "texts.json").write_text(json.dumps(json.loads((mine / "good.json").read_text())[4:5]))
