@@ -1,7 +1,7 @@
 """CLIP from scratch: the eye of ViP-LLaVA (Radford et al., arXiv 2103.00020; ViP-LLaVA, section 3.1).
 
-A ViT cuts the image into patches and refines them block by block. Its last layers know *what* is there but have
-forgotten *where the red line ran*; ViP-LLaVA therefore reads several depths at once and joins them per patch:
+A ViT cuts the image into patches and refines them block by block. Its last layers, the paper argues, know *what* is there
+but have forgotten *where the red line ran*; ViP-LLaVA therefore reads several depths at once and joins them per patch:
 
     image  (any size, upright RGB)
     pixels (B, 3, S, S)        preprocess: pad to a square, resize, normalise

@@ -15,7 +15,8 @@ too, that are wrong about them: R phrases. Three questions, whose losses are add
 Captions of other scenes are told apart by a glance at the colors; the false ones are not. And without phrases the class
 token learns to look at edges by itself: the patches, which are all that a language model gets to see, then know no more
 in the last block than in the first (evals/probes.py). CLIP's 400 million pictures bring that about; these few don't.
-Most scenes are unmarked; in a few a marker is drawn and the words mention it, as annotated pictures on the web have it.
+Six of ten scenes are unmarked. On the others are one to three markers, as on annotated pictures on the web: the caption
+tells of the first, the phrases of all.
 """
 
 import math

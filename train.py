@@ -12,7 +12,7 @@ checkpoint is taken up, and what a step learns from is a function of (seed, step
     loss of a step = sum of the answers' cross-entropies / number of their tokens, over all processes and micro-batches
 
 so one process with 8 samples, two with 4 and four micro-batches of 2 compute the same. Weights that are trained are
-kept in float32; in bfloat16, which is the default on a GPU, is what is frozen, and what is computed.
+kept in float32. With bfloat16, the default on a GPU, frozen ones are stored in it, and the arithmetic is done in it.
 """
 
 import argparse

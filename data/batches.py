@@ -50,7 +50,7 @@ SCENES = {
     **{kind: functools.partial(benchmarks.sample, kind) for kind in (*benchmarks.KINDS, "vcr-choice")},
     "vip-bench": benchmarks.vip_sample,
 }
-DRILLS = {  # of what is hard a part, see drills.py; scenes told with textures and signs; one of ViP-Bench's capabilities
+DRILLS = {  # easier steps towards those (drills.py), captions that tell textures and signs, ViP-Bench by capability
     "rich-captions": functools.partial(questions.caption_sample, rich=True),
     "told-apart": drills.told_apart,
     "options": drills.options,

@@ -5,7 +5,7 @@
 | told-apart | of two to four marked things: what each is, which one is meant, how two lie       | v7w, vg_rel          |
 | options    | no picture: which of four options says so, by its letter                          | v7w, vcr             |
 | choices    | which of four looks, places, markers or relations, by its letter                  | v7w, vcr             |
-| spelled    | a benchmark's choice in words first, then its letter                              | v7w, vcr             |
+| …-spelled  | v7w's or vcr-choice's choice in words first, then its letter                      | v7w, vcr             |
 | counted    | which shape is marked, and where it is seen again, before how often               | pointQA              |
 | signs      | of a lone thing, large or small: which letter or number is on it                  | vip-ocr, vip-math    |
 | lettered   | of several things with letters and numbers: which is on each marked one           | vip-ocr              |

@@ -1,7 +1,7 @@
 """A JSON file as a sequence: record i of millions, read alone, from a file that would not fit into memory.
 
     records = JSONFile("vip-llava_stage2_mix.json")     # an array of objects, or JSON lines: an object a line
-    len(records), records[7], records.line(7)           # line 7's number, for a message about it
+    len(records), records[7], records.line(7)           # the line that it begins on, for a message about it
 
 A file is read through once, and where each record begins and ends is kept in a hidden file beside it: 24 bytes a
 record, mapped the next time, which starts at once. The index is made anew when the file's size or time has changed.

@@ -360,13 +360,15 @@ def size_of_region(box: Sequence[float], size: tuple[int, int]) -> str:
 # -- command line ----------------------------------------------------------------------------------------------------
 
 
-def flags(name: str, about: str) -> Parser:
-    """The flags that all benchmarks have."""
+def flags(name: str, about: str, folder: bool = False) -> Parser:
+    """The flags that all benchmarks have. folder: the official files are one, with splits, and their images lie in it."""
     parser = Parser(prog=f"python -m evals.{name}", description=about)
     parser.add_argument("--model", default="tiny", help="a name or folder (tiny)")
-    parser.add_argument("--data", type=Path, required=True, help="the official file")
-    parser.add_argument("--images", type=Path, help="the folder that images lie in (that of --data)")
-    parser.add_argument("--out", type=Path, help=f"the folder for answers and results (runs/evals/{name}-MODEL)")
+    parser.add_argument("--data", type=Path, required=True, help=f"the official {'folder' if folder else 'file'}")
+    if not folder:
+        parser.add_argument("--images", type=Path, help="the folder that images lie in (that of --data)")
+    usual = f"runs/evals/{name}{'-SPLIT' if folder else ''}-MODEL"
+    parser.add_argument("--out", type=Path, help=f"the folder for answers and results ({usual})")
     parser.add_argument("--seed", type=int, default=0, help="of the markers, 0 or more (0)")
     parser.add_argument("--batch", type=int, default=8, help="questions at once (8)")
     parser.add_argument("--processes", type=int, default=1, help="that answer at the same time, by GPU (1)")

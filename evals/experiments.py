@@ -18,7 +18,7 @@
 
 What is trained is the language model and a new projector, on one file of what the frozen tower sees (variants.py). Each
 number stands with a 95 % interval, and beside what chance gives: over seeds Student's, of one run the test set's
-(Wilson). The same command goes on with a run that was cut; what is done is not done again.
+(Wilson; of shares a bootstrap). The same command goes on with a run that was cut; what is done is not done again.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ class Plan:
     exercises: int = 800  # that a number is counted on
     seeds: int = 3
     probed: int = 4000  # scenes that a probe learns from
-    clip_steps: int = 4000  # of 64 pairs
+    clip_steps: int = 800  # of 64 pairs
 
 
 QUICK = Plan(lessons=1200, steps=120, exercises=96, seeds=1, probed=512, clip_steps=8)
@@ -97,7 +97,7 @@ class Lab:
     out: Path
     side: int
     low: torch.dtype = torch.float32  # in which variants and CLIPs are trained
-    compile: bool = False
+    compile: bool = False  # variants
 
     @property
     def size(self) -> tuple[int, int]:
@@ -258,7 +258,7 @@ def beyond(lab: Lab) -> Iterator[dict]:
         texts = lab.kept(f"described-{marks}", lambda: lab.ask(samples, limit=100))
         right = {"facts of the caption": trials.facts_right, "number of things": trials.number_right}
         for name, score in right.items():
-            yield row(name, marks, [[score(*both) for both in zip(samples, texts)]], trials.CHANCE[name])
+            yield row(name, marks, [[score(*both) for both in zip(samples, texts)]], trials.chance_of(name, marks))
 
 
 TOWERS = {f"{name}, patches of {patch}": VisionConfig(image_size=112, patch_size=patch, width=width, layers=depth,
@@ -308,7 +308,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--side", type=int, default=224, help="of a scene, in pixels (224)")
     parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of training (float32)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile what is trained")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the variants that are trained, not CLIPs")
     for name, value in asdict(Plan()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=partial(at_least, 1), help=f"({value})")
     args = parser.parse_args(argv)

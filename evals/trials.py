@@ -275,7 +275,9 @@ BREAKING = {
 
 # -- beyond regions, and beyond language -------------------------------------------------------------------------------
 
-CHANCE = {"facts of the caption": 0.0, "number of things": 1 / 5}  # 2 to 6 things, equally often
+def chance_of(what: str, marks: int) -> float:
+    """Of a guess: facts are never guessed; scenes have 2 to 6 things, equally often, and no fewer than markers."""
+    return 1 / (7 - max(2, marks)) if what == "number of things" else 0.0
 
 
 def described(generator, size, marks: int) -> Trial:

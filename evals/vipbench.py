@@ -135,7 +135,7 @@ def judged(judge: Judge, questions: dict, truths: dict, answers: dict, runs: int
 
 
 def main(argv: list[str]) -> None:
-    parser = flags("vipbench", "ViP-Bench: free answers about marked regions.")
+    parser = flags("vipbench", "ViP-Bench: free answers about marked regions.", folder=True)
     parser.add_argument("--split", choices=PUBLISHED, default="bbox", help="who marked: tight boxes, or people (bbox)")
     parser.add_argument("--results", type=Path, help="score the answers of this file; no model is asked")
     parser.add_argument("--judge-url", help="an endpoint of OpenAI's protocol, such as http://127.0.0.1:8000/v1")
@@ -149,8 +149,6 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"{flag.replace('_', '-')} is {getattr(args, flag)}; expected {low} to {high}")
     if args.judge_url:
         check_address(args.judge_url)
-    if args.images:
-        raise ValueError("--images came with vipbench, whose images lie beside its questions; expected --data alone")
     folder = args.data
     truths = read_truths(folder / "vip-bench-meta-data.json")
     args.data, args.images = folder / args.split / "questions.jsonl", folder / args.split / "images"
