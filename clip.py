@@ -86,6 +86,7 @@ _TURNS = dict(enumerate((
 
 def _turned(image: Image.Image) -> Image.Image:
     """As its EXIF tag says. (Pillow's exif_transpose writes all other tags anew, too, and fails where one is odd.)"""
+    image.load()  # Pillow itself turns a TIFF here, and takes away its tag
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     if turn is None:
         return image

@@ -471,11 +471,12 @@ def sample_marker(region: Region, size: tuple[int, int], generator: np.random.Ge
     """A random Marker for a region of an image of `size` = (width, height), drawn from a numpy Generator.
 
     kind None takes one of the distribution's kinds; color None a name about half the time, else any rgb. ValueError
-    for an unknown kind or color, for a region outside the image, and for a bitmap that is not of the image's size.
+    for an unknown kind or color, for a region outside the image, or of which this kind would show nothing, and for a
+    bitmap that is not of the image's size.
     """
     d, s = distribution, scale_of(size)
     _check_size(region, size)
-    _visible(region.bounds, size)
+    visible = _visible(region.bounds, size)
     kind = d.kinds[_whole(generator, 0, len(d.kinds) - 1)] if kind is None else kind
     check_kind(kind)
     if color is None and generator.random() < d.named_color:
@@ -485,7 +486,10 @@ def sample_marker(region: Region, size: tuple[int, int], generator: np.random.Ge
     alpha = _whole(generator, round(255 * low), round(255 * high)) / 255
     low, high = getattr(d, f"{kind.split()[-1]}_width", (1, 1))      # a mask and a point have no line
     width = max(_whole(generator, low * s, high * s), 1)
-    return Marker(kind, color=color, alpha=alpha, width=width, **SAMPLERS[kind](region, size, generator, d, s))
+    marker = Marker(kind, color=color, alpha=alpha, width=width, **SAMPLERS[kind](region, size, generator, d, s))
+    if marker.mask and visible != region.bounds:      # the mask, or its outline, may lie beyond the border
+        _on_image(marker, size)
+    return marker
 
 
 # -- drawn -----------------------------------------------------------------------------------------------------------
@@ -582,18 +586,24 @@ def _tones(color, level):
     return ((sums + 127) // 255).ravel().tolist()      # rounded, as Pillow blends
 
 
+def _on_image(m, size):
+    """The crop x0, y0, x1, y1 of an image of this size that a marker may touch, and its stencil there."""
+    x0, y0, x1, y1 = extent = _extent(m)
+    crop = max(x0, 0), max(y0, 0), min(x1, size[0]), min(y1, size[1])
+    visible = crop[0] < crop[2] and crop[1] < crop[3]
+    stencil = _stencil(m, crop, int(1000 * scale_of(size))) if visible else None
+    if stencil is None or not stencil.getbbox():
+        raise ValueError(f"nothing of the {m.kind} within {extent} lies on the image, {size[0]} x {size[1]}")
+    return crop, stencil
+
+
 def draw(image: Image.Image, markers: Iterable[Marker]) -> Image.Image:
     """A new RGB image with the markers blended onto it in order; all other pixels keep their values. ValueError for a
     marker of which nothing lies on the image, and for a bitmap that is not of the image's size."""
     image = image.copy() if image.mode == "RGB" else image.convert("RGB")
     for m in markers:
         _check_size(m.mask, image.size)
-        x0, y0, x1, y1 = extent = _extent(m)
-        crop = max(x0, 0), max(y0, 0), min(x1, image.width), min(y1, image.height)
-        visible = crop[0] < crop[2] and crop[1] < crop[3]
-        stencil = _stencil(m, crop, int(1000 * scale_of(image.size))) if visible else None
-        if stencil is None or not stencil.getbbox():
-            raise ValueError(f"nothing of the {m.kind} within {extent} lies on the image, {image.width} x {image.height}")
+        crop, stencil = _on_image(m, image.size)
         image.paste(image.crop(crop).point(_tones(m.color, round(255 * m.alpha))), crop, stencil)
     return image
 

@@ -164,7 +164,7 @@ def encode(sample: Sample, tokenizer: Tokenizer, config: ViPLLaVAConfig, plain: 
 
 def encode_prompt(sample: Sample, tokenizer: Tokenizer, template: str) -> tuple[list[int], list[bool]]:
     """ids, one IMAGE for the image, and which are trained. Where nothing is asked, "plain" is the template."""
-    if template == "plain" or not sample.turns[0].question:
+    if template == "plain" or sample.is_caption:
         template, turns = "plain", [Turn("", sample.turns[0].answer, sample.turns[0].image)]
     else:
         turns = sample.turns

@@ -55,7 +55,8 @@ class JSONFile(Sequence):
         with open(self.path, "rb") as file:
             first = next((b for b in iter(lambda: file.read(1), b"") if b not in (b" ", b"\t", b"\r", b"\n")), b"")
             if first not in (b"[", b"{"):
-                raise ValueError(f"{self.path} begins with {first!r}; expected a JSON array or JSON lines")
+                hint = ", in UTF-8 without a byte order mark" if first == b"\xef" else ""
+                raise ValueError(f"{self.path} begins with {first!r}; expected a JSON array or JSON lines{hint}")
             file.seek(0)
             places = np.fromiter(_array(file, self.path) if first == b"[" else _lines(file), dtype=(np.int64, 3))
         table = np.concatenate([np.array([stamp], dtype=np.int64), places.reshape(-1, 3)])

@@ -23,6 +23,7 @@ is never swapped for another. Boxes are x0, y0, x1, y1, polygons x, y, x, y, …
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -58,9 +59,9 @@ def field(record: dict, key: str, kind: type):
 
 
 def inside(images: Path, name: str, what: str) -> Path:
-    """The file of that name, which must lie in the folder of images; the official "./dataset" is that folder."""
+    """The file of that name, which must lie in the folder of images, if as a link; the official "./dataset" is that folder."""
     path = images / re.sub(r"^\./(dataset/)?", "", name)
-    if not path.resolve().is_relative_to(images.resolve()):
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(images)):
         raise ValueError(f"{what} {name} lies outside {images}")
     if not path.is_file():
         raise ValueError(f"{what} {name} is not in {images}")
@@ -145,6 +146,11 @@ def _regions(record, images, generator) -> Plan:
 
 def _conversations(record, images, generator) -> Plan:
     pairs = dialogue(record)
+    meant = [key for key in ("region", "bbox", "bboxes", "segmentations", "markers") if key in record]
+    if record.get("image"):
+        meant += re.findall(r"<(?:region|bbox)\d*>", " ".join(text for pair in pairs for text in pair))
+    if meant:  # it would be trained without a marker
+        raise ValueError(f'{meant[0]}, but no "regions", and the id {record.get("id")!r} is of no kind that has others')
     return Plan([], lambda words: pairs)
 
 

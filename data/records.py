@@ -54,6 +54,11 @@ class Sample:
     def image(self) -> Image.Image | None:
         return None if self.open is None else self.open()
 
+    @property
+    def is_caption(self) -> bool:
+        """Nothing is asked: what is said tells of the image, in the template "plain"."""
+        return len(self.turns) == 1 and not self.turns[0].question
+
 
 # -- looks: how several regions are marked so that words can tell them apart ------------------------------------------
 
@@ -73,7 +78,9 @@ def choose_looks(generator: np.random.Generator, n: int, kinds: Sequence[str], g
     given = list(given) or [{}] * n
     chosen = [one.get("kind") for one in given]
     for i in range(n):
-        free = [kind for kind in kinds if crowded or chosen.count(kind) < len(COLORS)]
+        fixed = given[i].get("color")
+        same = [k for k, one in zip(chosen, given) if fixed and "color" in one and rgb_of(one["color"]) == rgb_of(fixed)]
+        free = [kind for kind in kinds if crowded or chosen.count(kind) < len(COLORS) and kind not in same]
         if chosen[i] is None and not free:
             raise ValueError(f"{n} regions; expected at most {len(COLORS) * len(kinds)}, or none could be told apart")
         chosen[i] = chosen[i] or free[generator.integers(len(free))]
@@ -149,6 +156,8 @@ def size_of(path: Path) -> tuple[int, int]:
     """(width, height) of an image as it is seen, from its header."""
     try:
         with Image.open(path) as image:
+            if image.format == "TIFF":  # Pillow itself turns one as it is loaded, and takes away its tag
+                image.load()
             width, height = image.size
             return (height, width) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
     except Image.DecompressionBombError:

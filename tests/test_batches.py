@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from chat import IMAGE
+from chat import IMAGE, Turn
 from clip import VisionConfig
 from data import questions, scenes
 from data.batches import POOL, Examples, RecordSource, SceneSource, batches, collate, encode, parse_mix
@@ -48,6 +48,18 @@ def test_labels_are_exactly_the_answers(small):
             elif label != IGNORE:
                 current.append(label)
         assert answers == [turn.answer for turn in sample.turns]
+
+
+def test_a_dialogue_keeps_its_turns(small):
+    """Guards against a dialogue that begins with a caption, of which nothing else is trained."""
+    model, tokenizer = small
+    sample = questions.marker_sample(scenes.generator_for("train", 0, 0), (64, 64))
+    turns = (Turn("", "a red star", image=True), Turn("What color?", "blue"))
+    learned = []
+    for n in (1, 2):
+        _, labels, _ = encode(dataclasses.replace(sample, turns=turns[:n]), tokenizer, model.config)
+        learned.append(tokenizer.decode(i for i in labels if i not in (IGNORE, tokenizer.eos)).split())
+    assert learned == [["a", "red", "star"], ["a", "red", "star", "blue"]]
 
 
 def test_padding_is_not_trained(small):

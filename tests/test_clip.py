@@ -348,12 +348,14 @@ EXIF = {
 }
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
 @pytest.mark.parametrize("orientation", EXIF)
-def test_exif_orientation(orientation, tmp_path):
-    """Guards against: markers drawn on a picture that lies on its side; 6 and 8, or 5 and 7, exchanged."""
+def test_exif_orientation(orientation, name, tmp_path):
+    """Guards against: markers drawn on a picture that lies on its side; 6 and 8, or 5 and 7, exchanged; a TIFF, which
+    Pillow turns by itself, turned twice."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = saved(tmp_path, picture(), "a.png", exif=exif)
+    path = saved(tmp_path, picture(), name, exif=exif)
     assert np.array_equal(np.asarray(open_image(path)), EXIF[orientation](np.asarray(picture())))
     turned = upright(open_image(path))  # upright already: the tag must be gone
     assert np.array_equal(np.asarray(turned), EXIF[orientation](np.asarray(picture())))

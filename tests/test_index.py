@@ -53,7 +53,7 @@ def test_json_lines(tmp_path):
 @pytest.mark.parametrize("text, words", [
     ('[{"a": 1},', "ends in its array, on line 1"), ('[{"a": 1}\n{"b": 1}]', "line 2: '{'"), ("[1]", "line 1: '1'"),
     ('[{"a": 1}] x', "'x'"), ('[\n\n{"a"]', "line 3: a damaged record"), ("[,]", "','"), ("", "begins with b''"),
-    ("text", "begins with b't'"), ('[{"a": 1},]', "']'"),
+    ("text", "begins with b't'"), ("\ufeff[]", "without a byte order mark"), ('[{"a": 1},]', "']'"),
 ])  # fmt: skip
 def test_a_damaged_file_is_refused(tmp_path, text, words):
     """Guards against an array of which only the first half is read, in silence."""
