@@ -59,7 +59,7 @@ class Benchmark:
 
 def template_of(model: ViPLLaVA, sample: Sample) -> str:
     """Of a sample's prompt: the model's, or where nothing is asked, "plain", as its caption is wanted."""
-    return model.config.template if sample.turns[0].question else "plain"
+    return "plain" if sample.is_caption else model.config.template
 
 
 def prompt(model: ViPLLaVA, tokenizer: Tokenizer, sample: Sample) -> list[int]:
@@ -74,9 +74,15 @@ def look(model: ViPLLaVA, sample: Sample, mode="pad") -> torch.Tensor:
 
 def answer(model: ViPLLaVA, tokenizer: Tokenizer, samples: Sequence[Sample], max_new_tokens: int, pixels=None):
     """The greedy answer to each sample's first question, a list of texts. pixels: of each sample, if not as `look`."""
-    prompts = [prompt(model, tokenizer, sample) for sample in samples]
-    pixels = torch.stack(pixels or [look(model, sample) for sample in samples])
-    return complete(model, tokenizer, template_of(model, samples[0]), prompts, pixels, max_new_tokens)
+    pixels, texts = pixels or [look(model, sample) for sample in samples], [""] * len(samples)
+    templates = [template_of(model, sample) for sample in samples]
+    for template in sorted(set(templates)):  # which decides what an answer ends with
+        group = [i for i, one in enumerate(templates) if one == template]
+        prompts = [prompt(model, tokenizer, samples[i]) for i in group]
+        found = complete(model, tokenizer, template, prompts, torch.stack([pixels[i] for i in group]), max_new_tokens)
+        for i, text in zip(group, found):
+            texts[i] = text
+    return texts
 
 
 def complete(model: ViPLLaVA, tokenizer: Tokenizer, template: str, prompts: Sequence[list[int]], pixels: torch.Tensor,
@@ -235,7 +241,8 @@ def read_json(path: Path):
 
 
 def dumps(line: dict) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    """Half a character (of a text that was cut within an emoji) becomes its JSON escape: UTF-8 has none."""
+    return json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -256,9 +263,8 @@ def read_lines(path: Path, needed: Sequence[str] = ()) -> list[dict]:
     ValueError: one is another."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     try:
-        said = [json.loads(line) for line in lines]
+        said = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
         if not all(isinstance(one, dict) and one.keys() >= set(needed) for one in said):
             raise ValueError
         return said

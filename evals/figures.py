@@ -19,7 +19,9 @@ def read(path: Path) -> dict:
         said = json.loads(path.read_text())
     except ValueError:
         said = None
-    if not isinstance(said, dict) or not isinstance(said.get("rows"), list):
+    needed = {"series", "x", "accuracy", "low", "high", "chance"}
+    rows = said.get("rows") if isinstance(said, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= needed for row in rows):
         raise ValueError(f"{path} holds no results; expected what evals.experiments has written, such as overlay.json")
     return said
 

@@ -85,10 +85,10 @@ class Cache:
     """Grades in a file of JSON lines; a thread may add one while others read."""
 
     def __init__(self, path: str | Path):
-        self.path, self._lock, self._grades = Path(path), threading.Lock(), {}
+        self.path, self._lock = Path(path), threading.Lock()
         lines = read_lines(self.path, ["key", "score"])
-        if lines:
-            self._grades = {line["key"]: line["score"] for line in lines}
+        self._grades = {line["key"]: line["score"] for line in lines}
+        if self.path.is_file():
             write_lines(self.path, lines)  # without the half of a line that a cut run may have left
 
     def get(self, key: str) -> float | None:

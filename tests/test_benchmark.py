@@ -2,17 +2,22 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import checkpoint
 import evals.benchmark as benchmark
 from commandline import run
 from data import benchmarks
+from data.batches import SCENES
 from data.index import JSONFile
 from data.records import check
+from data.scenes import generator_for
 from evals import pointqa, refcocog, vcr, vipbench, visual7w
 from evals.benchmark import interval_of_mean, row, rows, size_of_region
 
@@ -178,6 +183,26 @@ def test_a_damaged_file_of_answers_is_named(world, first_run, tmp_path, capsys):
         (tmp_path / "out/answers.jsonl").write_text(damaged)
         assert evaluate("pointqa", world, tmp_path / "out") == 2
         assert "answers.jsonl can't be read" in capsys.readouterr().err
+
+
+def test_half_a_letter_is_half_a_line(tmp_path):
+    """Guards against a run that can't go on: a line may be cut within a letter of several bytes. And against one that
+    ends at half an emoji in a record, which UTF-8 has no bytes for."""
+    lines = [{"text": "ein Stück"}, {"text": "\ud83d"}]
+    benchmark.write_lines(tmp_path / "a.jsonl", lines)
+    whole = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "a.jsonl").write_bytes(whole + whole[: whole.index("ü".encode()) + 1])
+    assert benchmark.read_lines(tmp_path / "a.jsonl", ["text"]) == lines
+
+
+def test_what_a_caption_ends_with_is_not_what_an_answer_does():
+    """Guards against a batch whose first sample decides what all of its answers end with."""
+    tiny = checkpoint.load("tiny", "cpu", torch.float32)
+    captions, questions = ([SCENES[name](generator_for("val", 0, i), (224, 224)) for i in range(2)] for name in ("captions", "markers"))
+    captions = [replace(sample, turns=(replace(sample.turns[0], question=""),)) for sample in captions]
+    apart = [text for sample in (*captions, *questions) for text in benchmark.answer(*tiny, [sample], 40)]
+    mixed = benchmark.answer(*tiny, [*questions, *captions], 40)
+    assert mixed[2:] + mixed[:2] == apart and len(set(apart)) > 2
 
 
 # -- what is asked and counted ---------------------------------------------------------------------------------------

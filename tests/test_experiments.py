@@ -269,7 +269,7 @@ def test_panels_join_what_shares_its_values():
     assert [list(panel) for panel in figures.panels(rows)] == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
-@pytest.mark.parametrize("text", ["{}", "[1]", "no JSON"])
+@pytest.mark.parametrize("text", ["{}", "[1]", "no JSON", '{"rows": [{"x": 1}]}'])
 def test_other_files_are_no_results(text, tmp_path, capsys):
     """Guards against a traceback where a folder's other files are given, too."""
     (tmp_path / "about.json").write_text(text)

@@ -154,6 +154,13 @@ def test_a_judge_that_dies_half_way_loses_nothing(bench, tmp_path, server, capsy
     assert json.loads((tmp_path / "judge-results.json").read_text())["rows"]["all"]["score"] == 50
 
 
+def test_half_a_grade_spoils_no_other(tmp_path):
+    """Guards against a grade that is added to the half line of a run that was cut within its first."""
+    (tmp_path / "judge.jsonl").write_text('{"key": "a", "sco')
+    Cache(tmp_path / "judge.jsonl").put("b", 0.5)
+    assert Cache(tmp_path / "judge.jsonl").get("b") == 0.5
+
+
 def test_nonsense_is_asked_for_again_then_named(bench, tmp_path, server, capsys):
     """Guards against a 0.0 for an answer that nobody graded: one is never graded, one at the third time, the others at once."""
 
