@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -71,6 +72,7 @@ def _load(folder: Path, device, dtype, clip, quantize: str) -> tuple[ViPLLaVA, T
         if model.config.quantized:
             raise ValueError(f"{folder} is an adapter of {what['base']}, which is {model.config.quantized}; expected 16 bits")
         model = lora.merge(lora.load(model, folder)).requires_grad_(True)
+        model.config = replace(model.config, template=what["template"] or model.config.template)
         return quant.quantize(model, quantize) if quantize else model, tokenizer
     config = read_json(folder / "config.json")
     kind, tower = config.get("model_type"), str(config.get("mm_vision_tower"))

@@ -26,26 +26,29 @@ class Journal:
         self.out, self.speaks, self.habits, self.place, self.flops = out, speaks, habits, place, flops
         self.began, self.samples, self.tokens, self.skipped = time.perf_counter(), 0, 0, 0
         if speaks and (out / "log.jsonl").is_file():  # steps after the state that is taken up will be told again
-            lines = [line for line in open(out / "log.jsonl") if line.endswith("\n")]  # the last may be half a one
+            lines = (out / "log.jsonl").read_bytes().split(b"\n")[:-1]  # the last may be half a one
             try:
-                kept = [line for line in lines if first and json.loads(line)["step"] <= first]
+                kept = [line.decode() for line in lines if json.loads(line)["step"] <= first]
             except (ValueError, LookupError, TypeError):
                 raise ValueError(f"{out / 'log.jsonl'} is no log of a run; expected lines of JSON: take it away") from None
-            (out / "log.jsonl.part").write_text("".join(kept))
+            if lines and not first and any(out.glob("*.safetensors")):
+                raise ValueError(f"{out} holds what a run has made, and no state to go on from; expected another --out")
+            (out / "log.jsonl.part").write_text("".join(f"{line}\n" for line in kept))
             os.replace(out / "log.jsonl.part", out / "log.jsonl")
             self.skipped = max((json.loads(line).get("bad", 0) for line in kept), default=0)
         self.list = out / f"bad-{place.rank}.txt"
         if not first:
             self.list.unlink(missing_ok=True)
-        self.listed = set(self.list.read_text().splitlines()) if self.list.is_file() else set()
+        self.listed = set(self.list.read_text(encoding="utf-8").splitlines()) if self.list.is_file() else set()
 
     def bad(self, records: list) -> None:
         """Count them; list each that is not listed yet."""
         self.skipped += len(records)
-        new = {str(record): None for record in records if str(record) not in self.listed}
+        said = (str(record).encode("utf-8", "backslashreplace").decode() for record in records)  # an id may be half an emoji
+        new = {one: None for one in said if one not in self.listed}
         if new:
-            with open(self.list, "a") as file:
-                file.writelines(f"{record}\n" for record in new)
+            with open(self.list, "a", encoding="utf-8") as file:
+                file.writelines(f"{one}\n" for one in new)
             self.listed |= new.keys()
 
     def step(self, done: int, recipe: Recipe, micros: list[Micro], loss: float, norm: float) -> None:

@@ -28,6 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
+from chat import TEMPLATES
 from files import write_tensors
 
 FILE = "adapter.safetensors"
@@ -99,7 +100,7 @@ def save(model: nn.Module, folder: str | Path, base: str, state: dict | None = N
     parts = adapters(model)
     first = next(iter(parts.values()))
     rank, targets = first.lora_A.size(0), sorted({name.rpartition(".")[2] for name in parts})
-    what = {"base": base, "rank": rank, "alpha": first.scale * rank, "targets": targets}
+    what = {"base": base, "rank": rank, "alpha": first.scale * rank, "targets": targets, "template": model.config.template}
     state = {name: x for name, x in (state or model.state_dict()).items()
              if ".lora_" in name or name.startswith("projector.")}  # fmt: skip
     folder = Path(folder)
@@ -110,7 +111,7 @@ def save(model: nn.Module, folder: str | Path, base: str, state: dict | None = N
 
 
 def about(folder: str | Path) -> dict | None:
-    """base, rank, alpha, targets of the adapter in a folder; None where there is no adapter."""
+    """base, rank, alpha, targets, template of the adapter in a folder; None where there is no adapter."""
     path = Path(folder) / FILE
     if not path.is_file():
         return None
@@ -120,6 +121,8 @@ def about(folder: str | Path) -> dict | None:
         kinds = {"base": str, "rank": int, "alpha": (int, float), "targets": list}
         if not all(isinstance(what[key], kind) for key, kind in kinds.items()):
             raise TypeError
+        if what.setdefault("template", None) not in (None, *TEMPLATES):  # it may be older than that is told
+            raise KeyError(what["template"])
         return what
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path} can't be read as an adapter ({type(error).__name__}); is the file whole?") from None

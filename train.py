@@ -2,8 +2,8 @@
 
     python train.py tiny-captions --out runs/captions                                       a small model from nothing
     python train.py tiny-markers --model runs/captions --out runs/markers                   on a laptop's CPU
-    python train.py lora --model 7b --data mine.json --images photos --out runs/mine        your own records
-    torchrun --nproc-per-node 8 train.py stage2 --parallel fsdp --model DIR --data mix.json --images DIR --out runs/2
+    python train.py lora --model 7b --data mine.json --images photos --micro 4 --out runs/mine        your own records
+    torchrun --nproc-per-node 8 train.py stage2 --parallel fsdp --micro 4 --recompute --model DIR --data mix.json …
 
 A run folder gets checkpoints, a log (log.jsonl) and in the end the model, in the layout that checkpoint.load reads, or
 the adapter. The same command continues a run that was stopped, by Ctrl-C, SIGTERM or a crash: the newest whole
@@ -164,7 +164,8 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
             break
     if first == 0 and done == recipe.steps and not place.most(learned):
         raise ValueError(f"all records were bad, see {journal.list}; nothing has been learned")
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=recipe.train == "lora")
+    state = get_model_state_dict(model, options=options)  # an adapter has nothing of what is frozen
     if place.rank == 0:
         task.publish(state)
     if place.world > 1:
@@ -308,7 +309,8 @@ def find_source(recipe: Recipe, images: Path):
 def main(argv: list[str]) -> None:
     args = arguments(argv)
     fields = [field.name for field in dataclasses.fields(Recipe)]
-    recipe = dataclasses.replace(read_recipe(args.recipe), **{n: getattr(args, n) for n in fields if hasattr(args, n)})
+    typed = {name: getattr(args, name) for name in fields if hasattr(args, name)}
+    recipe = dataclasses.replace(read_recipe(args.recipe), **({"steps": 0} if "epochs" in typed else {}) | typed)
     target = checkpoint.check_target(args.out, adapter=recipe.train == "lora")
     if args.model and resolved(args.model) == str(target):
         raise ValueError(f"--out {args.out} is the model to start from; expected another folder")
@@ -362,6 +364,8 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
     source, recipe = find_source(recipe, args.images or Path("."))
     if args.clip and recipe.train == "lora":
         raise ValueError("--clip came with lora, whose file has no image tower; expected to train without")
+    if args.images and isinstance(source, SceneSource):
+        raise ValueError("--images came with drawn scenes; expected files of records with it")
     if args.valid and (isinstance(source, SceneSource) or recipe.template == "plain"):
         what = "with the template plain, in which nothing is asked" if recipe.template == "plain" else "with drawn scenes"
         raise ValueError(f"--valid came {what}; expected records with questions to train on")
@@ -374,13 +378,13 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
     if recipe.template not in ("", "plain"):
         model.config = dataclasses.replace(model.config, template=recipe.template)
     freeze(model.to(place.device), recipe, torch.float32 if args.parallel == "fsdp" else low)  # FSDP casts by itself
-    for block in model.llama.layers:
-        if args.recompute:
-            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False,
-                                              context_fn=lambda: (contextlib.nullcontext(), lowered(place.device, low)))
     if args.compile:
         for block in (*model.vision.layers, *model.llama.layers):
-            block.compile()
+            block.forward = torch.compile(block.forward)
+    if args.recompute:  # what is compiled: a checkpoint is not looked into
+        for block in model.llama.layers:
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False,
+                                              context_fn=lambda: (contextlib.nullcontext(), lowered(place.device, low)))
     measure = None
     if args.parallel == "fsdp":  # no process has the whole model
         if args.valid:

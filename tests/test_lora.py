@@ -1,5 +1,7 @@
 """LoRA: the same function merged and unmerged, and a file that goes with its base."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -104,16 +106,31 @@ def test_saved_loaded_and_merged(base, tmp_path, capsys):
     lora.save(model, tmp_path / "mine", str(base))
     whole = (base / "model.safetensors").stat().st_size
     assert (tmp_path / "mine" / lora.FILE).stat().st_size < whole / 2
-    assert lora.about(tmp_path / "mine") == {"base": str(base), "rank": 3, "alpha": 6.0, "targets": ["q_proj", "up_proj"]}
+    assert lora.about(tmp_path / "mine") == {"base": str(base), "rank": 3, "alpha": 6.0, "targets": ["q_proj", "up_proj"],
+                                             "template": "llava_v1"}  # fmt: skip
     loaded = load(tmp_path / "mine")
     assert relative(logits(loaded), logits(model)) < 1e-5 and not lora.adapters(loaded)
     assert torch.equal(loaded.projector.linear_1.bias, model.projector.linear_1.bias)
     assert run(lora.main, [str(tmp_path / "mine"), str(tmp_path / "merged")]) == 0
     with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as file:
         kept = {file.get_tensor(name).dtype for name in file.keys()}
+    assert checkpoint.load(tmp_path / "merged", "cpu")[0].config.template == "llava_v1"
     assert kept == {torch.float32}  # as the base's, however little memory there is
     assert torch.equal(logits(load(tmp_path / "merged")), logits(loaded))
     assert run(lora.main, [str(base), str(tmp_path / "other")]) == 2 and "no adapter.safetensors in" in capsys.readouterr().err
+
+
+def test_a_template_goes_with_the_adapter(base, tmp_path):
+    """Guards against an adapter that is asked in another form than it has learned; an old one says nothing of it."""
+    model = lora.add(load(base), rank=3, alpha=6)
+    for template, name in (("llava_v0", "new"), (None, "old")):
+        model.config = replace(model.config, template=template)
+        lora.save(model, tmp_path / name, str(base))
+    assert [load(tmp_path / name).config.template for name in ("new", "old")] == ["llava_v0", "llava_v1"]
+    model.config = replace(model.config, template="another")
+    lora.save(model, tmp_path / "odd", str(base))
+    with pytest.raises(ValueError, match="can't be read as an adapter"):
+        lora.about(tmp_path / "odd")
 
 
 def test_an_adapter_of_another_base_is_refused(base, tmp_path):

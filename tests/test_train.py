@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 
 import checkpoint
+import clip
 import journal
+import llama
 import lora
 import states
 import train
@@ -257,8 +259,9 @@ def test_kill_9(kind, base, tmp_path):
 
 def curve(name, mine, out, *flags, processes=1):
     """The losses of a run on scenes, or on records of which some have no image; and the model that it makes."""
-    source, steps, lr = {"scenes": ("markers", 50, 1e-4), "mine": (mine / "good.json", 6, 1e-3)}[name]
-    finish("stage2", "--model", "tiny", "--data", source, "--images", mine, "--steps", steps, "--lr", lr, "--side", "112",
+    records = mine / "good.json", "--images", mine
+    source, steps, lr = {"scenes": (["markers"], 50, 1e-4), "mine": (records, 6, 1e-3)}[name]
+    finish("stage2", "--model", "tiny", "--data", *source, "--steps", steps, "--lr", lr, "--side", "112",
            "--batch", "4", "--log-every", "1", "--eval-every", "1000", "--device", "cpu", "--out", out, *flags,
            processes=processes)  # fmt: skip
     assert len(losses(out)) == steps
@@ -413,6 +416,30 @@ def test_a_template_is_the_models_from_then_on(base, tmp_path):
     assert checkpoint.load(tmp_path / "run", "cpu")[0].config.template == "llava_v0"
 
 
+def test_epochs_that_are_typed_count(base, mine, tmp_path):
+    """Guards against --epochs that a recipe's own steps outweigh in silence."""
+    data = ["--data", str(mine / "good.json"), "--images", str(mine), "--epochs", "1"]
+    main(["tiny-markers", "--model", str(base), *data, *FLAGS, "--batch", "4", "--out", str(tmp_path / "run")])
+    assert max(losses(tmp_path / "run")) == 3
+
+
+def test_what_a_run_has_made_is_not_made_anew(tmp_path):
+    """Guards against a finished run that is trained again, and its model lost, where its states were taken away; and
+    somebody's own file that happens to be called log.jsonl."""
+    argv = ["tiny-captions", "--steps", "1", *FLAGS, "--out"]
+    main([*argv, str(tmp_path / "run")])
+    shutil.rmtree(tmp_path / "run" / "states")
+    before = {item.name: item.read_bytes() for item in (tmp_path / "run").iterdir()}
+    with pytest.raises(ValueError, match="holds what a run has made, and no state to go on from"):
+        main([*argv, str(tmp_path / "run")])
+    assert {item.name: item.read_bytes() for item in (tmp_path / "run").iterdir() if item.is_file()} == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "log.jsonl").write_text("mine\n")
+    with pytest.raises(ValueError, match="log.jsonl is no log of a run"):
+        main([*argv, str(tmp_path / "mine")])
+    assert (tmp_path / "mine" / "log.jsonl").read_text() == "mine\n"
+
+
 def test_somebody_elses_model_is_refused_before_training(tmp_path):
     """Guards against hours of training whose result can't be saved."""
     (tmp_path / "model.safetensors").touch()
@@ -461,6 +488,26 @@ def test_an_adapter_is_trained_on_ones_own_records(mine, tmp_path):
     model, tokenizer = checkpoint.load(tmp_path / "run", "cpu", torch.float32)
     data = train.Records([mine / "good.json"], mine)
     assert train.held_out_records(model, tokenizer, data) == lines[-1]["accuracy"]
+
+
+def test_an_adapter_is_all_that_is_gathered(base, tmp_path, monkeypatch):
+    """Guards against 14 GB that are copied to the host, to write a few megabytes of them."""
+    given = []
+    monkeypatch.setattr(lora, "save", lambda model, folder, base, state: given.extend(state))
+    main(["lora", "--model", str(base), "--data", "markers", "--steps", "1", "--rank", "2", *FLAGS, "--out", str(tmp_path / "run")])
+    assert len(given) > 20 and all(".lora_" in name or name.startswith("projector.") for name in given)
+
+
+def test_what_is_recomputed_is_compiled(base, tmp_path, monkeypatch):
+    """Guards against a --compile that has no effect beside --recompute: PyTorch's checkpoint is not looked into."""
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda forward: lambda *args: calls.append(type(forward.__self__)) or forward(*args))
+    argv = ["lora", "--model", str(base), "--data", "markers", "--steps", "1", "--rank", "2", *FLAGS, "--compile", "--out"]
+    main([*argv, str(tmp_path / "plain")])
+    once = calls.count(llama.Block), calls.count(clip.Block)
+    main([*argv, str(tmp_path / "again"), "--recompute"])
+    both = calls.count(llama.Block), calls.count(clip.Block)
+    assert min(once) > 0 and both == (2 * once[0] + TINIER.text.layers, 2 * once[1])
 
 
 @pytest.mark.parametrize("flags, close", [(["--recompute"], 1e-6), (["--precision", "bfloat16"], 0.02),
@@ -578,6 +625,7 @@ def test_a_recipe_of_one_s_own(text, words, tmp_path):
     (["--train", "lora"], "expected --model"), (["--train", "lora", "--targets", "q", "--model", "tiny"], "target 'q'"),
     (["--data", "README.md", "--steps", "1"], "README.md begins with"), (["--beta2", "1"], "beta2 is 1.0; expected 0 or more"),
     (["--model", "tiny", "--train", "lora", "--clip", "x"], "--clip came with lora, whose file has no image tower"),
+    (["--images", "docs"], "--images came with drawn scenes"),
     (["--valid", "README.md"], "--valid came with drawn scenes"), (["--parallel", "fsdp"], "fsdp came with one process"),
     (["--train", "contrast"], "--data came with contrast"),
     (["--train", "contrast", "--data", "", "--images", "docs"], "--images came with contrast"),
