@@ -234,9 +234,10 @@ class Replayed:
             self.known, self.graph = (x.shape, rest), None
             return self.function(x, *rest)
         if self.graph is None:
-            self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.device_of(x), torch.cuda.graph(self.graph):
+            self.x, graph = x.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.device_of(x), torch.cuda.graph(graph):
                 self.y = self.function(self.x, *rest)
+            self.graph = graph  # now that it is whole
         self.x.copy_(x)
         self.graph.replay()
         return self.y.clone()

@@ -80,6 +80,12 @@ def parse_marker(flag: str, text: str) -> tuple[list[float] | str, dict]:
     return geometry, style
 
 
+def files_of(flag: str, text: str) -> list[str]:
+    """The file that the marker is read from, where there is one."""
+    geometry, _ = parse_marker(flag, text)
+    return [geometry] if isinstance(geometry, str) else []
+
+
 def place(flag: str, text: str, image: Image.Image) -> Marker:
     """The marker that `--flag text` means on this image; ValueError, with both, where it is none that can be seen."""
     kind = FLAGS[flag][0]

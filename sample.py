@@ -37,7 +37,7 @@ from clip import open_image, preprocess
 from commandline import Parser, check_device, complain, out_of_memory, run
 from generate import Memory, compile_steps, generate, room
 from overlay import Marker, draw, phrase
-from pointing import FLAGS, fill_in, parse_marker, place, short
+from pointing import FLAGS, files_of, fill_in, place, short
 from tokenizer import Stream, Tokenizer
 from vipllava import expand
 
@@ -162,8 +162,8 @@ class Chat:
     /quit        end; anything else is a question
     """
 
-    def __init__(self, answer, path: Path, image: Image.Image, markers: list[Marker]):
-        self.answer, self.path, self.image, self.markers, self.turns = answer, path, image, markers, []
+    def __init__(self, answer, path: Path, image: Image.Image, markers: list[Marker], masks: list[str]):
+        self.answer, self.path, self.image, self.markers, self.masks, self.turns = answer, path, image, markers, masks, []
 
     def run(self) -> None:
         """Lines from stdin until it ends or /quit; a mistake is said, and changes nothing."""
@@ -192,6 +192,7 @@ class Chat:
         """Do it, and say what was done."""
         if name in FLAGS:
             self.markers = [*self.markers, place(name, value, self.image)]
+            self.masks = [*self.masks, *files_of(name, value)]
             return f"{{{len(self.markers)}}} is {phrase(self.markers[-1])}"
         if name == "undo":
             if not self.markers:
@@ -199,7 +200,7 @@ class Chat:
             *self.markers, last = self.markers
             return f"removed what was {phrase(last)}"
         if name == "show":
-            save_image(draw(self.image, self.markers), check_show(Path(value), self.path))
+            save_image(draw(self.image, self.markers), check_show(Path(value), self.path, *self.masks))
             return f"saved {value}"
         if name == "image":
             self.path, self.image, self.markers = Path(value), open_image(value), []
@@ -299,8 +300,8 @@ def main(argv: list[str]) -> None:
     markers = [place(flag, text, image) for flag, text in args.markers]
     question = args.question[0] if args.question else None
     turns = [] if args.chat and question is None else [Turn(fill_in(question, markers), image=True)]
+    masks = [file for flag, text in args.markers for file in files_of(flag, text)]
     if args.show:
-        masks = [where for flag, text in args.markers if isinstance(where := parse_marker(flag, text)[0], str)]
         check_show(args.show, args.image, *masks)
 
     began = time.perf_counter()
@@ -311,15 +312,14 @@ def main(argv: list[str]) -> None:
     _, limit = fit(model, tokenizer, opening, args.max_new_tokens)
     memory = Memory()
     if args.compile:
-        warm_up(model, tokenizer, image, opening, max_new_tokens=limit, memory=memory)
-        memory.forget()
+        warm_up(model, tokenizer, image, opening, memory, max_new_tokens=limit)
     load = time.perf_counter() - began
 
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens,
                 "generator": torch.Generator(device).manual_seed(args.seed)}  # fmt: skip
     say = functools.partial(answer, model, tokenizer, echo=not args.json, memory=memory, **sampling)
     if args.chat:
-        chat = Chat(say, args.image, image, markers)
+        chat = Chat(say, args.image, image, markers, masks)
         if question is not None:
             chat.ask(question)
         return chat.run()
@@ -330,11 +330,14 @@ def main(argv: list[str]) -> None:
         print(json.dumps(report(model, tokenizer, args.model, result, load)))
 
 
-def warm_up(model, tokenizer, image: Image.Image, turns: list[Turn], **sampling) -> None:
+def warm_up(model, tokenizer, image: Image.Image, turns: list[Turn], memory: Memory, **sampling) -> None:
     """Compile the steps. Their first calls are what takes long: make them now, with the shapes to come."""
     compile_steps(model)
     try:
-        list(itertools.islice(ask(model, tokenizer, image, [], turns, **sampling), 2))
+        for _ in range(1 + model.llama.embed_tokens.weight.is_cuda):  # its look is recorded the second time
+            memory.forget()
+            list(itertools.islice(ask(model, tokenizer, image, [], turns, memory=memory, **sampling), 2))
+        memory.forget()
     except RuntimeError as error:
         if out_of_memory(error):
             raise

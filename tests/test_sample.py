@@ -533,7 +533,7 @@ def converse(monkeypatch, *lines):
     echo, err = Echo(), io.StringIO()
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     with contextlib.redirect_stderr(err):
-        sample.Chat(echo, Path("photo.jpg"), open_image("photo.jpg"), []).run()
+        sample.Chat(echo, Path("photo.jpg"), open_image("photo.jpg"), [], []).run()
     return echo.asked, err.getvalue().splitlines()
 
 
@@ -583,6 +583,18 @@ def test_undo_without_a_marker_help_and_show(here, monkeypatch):
     assert all(any(f"/{flag}" in line for line in said) for flag in (*ALL, "undo", "show", "new", "image", "quit"))
     assert Image.open("chat.png").getpixel((9, 9)) == (0, 0, 255)
     Path("chat.png").unlink()
+
+
+def test_a_mask_is_not_lost_to_show(here, monkeypatch):
+    """Guards against a mask that the marked image is written over, given in the chat or before it."""
+    Image.new("L", SIZE, 255).save("mine.png")
+    before = Path("mine.png").read_bytes()
+    _, said = converse(monkeypatch, "/mask mine.png", "/undo", "/show mine.png")
+    assert "which is an image that was given" in said[-1]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/show mine.png\n"))
+    _, _, err = ask("--image", "photo.jpg", "--mask", "mine.png", "--chat")
+    assert "which is an image that was given" in err and Path("mine.png").read_bytes() == before
+    Path("mine.png").unlink()
 
 
 def test_a_chat_that_outgrows_the_context(here, monkeypatch):
