@@ -18,8 +18,9 @@ def serve(make: Callable, arguments: tuple, pipe) -> None:
         while request := pipe.recv():
             method, given = request
             pipe.send(getattr(work, method)(*given))
-    except (ValueError, OSError) as error:  # a mistake of the person's
-        return pipe.send(error)
+    except Exception as error:
+        mistake = isinstance(error, (ValueError, OSError))  # the person's
+        return pipe.send(error if mistake else RuntimeError(f"{type(error).__name__}: {error}"))
     scale = 1 if sys.platform == "darwin" else 1024
     on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
     pipe.send(on_gpu or scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -45,6 +46,8 @@ class Side:
             found = self._pipe.recv()
         except EOFError:
             raise MemoryError(f"{self.name} ended early; too little memory? expected room for it") from None
+        if isinstance(found, RuntimeError):
+            raise RuntimeError(f"{self.name}: {found}")
         if isinstance(found, Exception):
             raise found
         return found

@@ -2,7 +2,7 @@
 
     python -m bench.training --size tiny --batch 16                    on a CPU, in float32
     python -m bench.training --size 1b --batch 1 --apart               where memory holds one side only
-    python -m bench.training --size 7b --train lora --precision bfloat16 --compile          on a GPU
+    python -m bench.training --size 7b --train lora --batch 2 --precision bfloat16 --compile          on a GPU of 80 GB
 
 A step is forward, backward and AdamW on `--tokens` words after one image. Each side is a process of its own, so that
 its peak memory can be told; after warm-up they take turns, step by step (--apart: one side after the other). The

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import bits, images, records, speed, training
+from bench import bits, images, records, sides, speed, training
 from commandline import run
 
 
@@ -32,6 +32,20 @@ def test_speed(capsys):
     assert [line.split()[0] for line in out[2:7]] == ["decode", "prefill", "load", "…", "second"]
     found = json.loads(out[-1])["results"]["ours int8"]
     assert len(found["answers"][0][2]) == 3 and len(found["turns"]) == 1 and found["peak"] > 0
+
+
+def test_another_gpt_fast_is_refused(tmp_path, capsys):
+    """Guards against a race that ends after its weights were written, as the clone is of another time."""
+    flags = ["--size", "tiny", "--device", "cpu", "--gpt-fast", str(tmp_path)]
+    assert run(speed.main, flags) == 2 and "expected a clone of gpt-fast" in capsys.readouterr().err
+    (tmp_path / "model.py").write_text("def forward(self, mask, idx: Tensor, input_pos=None): ...")
+    assert run(speed.main, flags) == 2 and "expected that of gpt-fast's commit 32971d3" in capsys.readouterr().err
+
+
+def test_a_side_says_what_went_wrong():
+    """Guards against "too little memory?" for a mistake in the code."""
+    with pytest.raises(RuntimeError, match="mine: TypeError: int"):
+        sides.Side("mine", int, [1]).start()
 
 
 def test_flops():
