@@ -2,8 +2,9 @@
 
     python -m bench.records -n 1000000
 
-Writes a mix of seven kinds of record, official ones and our own, about a few images into a temporary folder, runs `python data/records.py check` on it
-twice (the second start has the index), and prints seconds and the largest memory of a process.
+Writes a mix of seven kinds of record, official ones and our own, about a few images into a temporary folder, runs
+`python data/records.py check` on it twice (the second start has the index), and prints seconds and the largest memory of
+a process.
 """
 
 import json
