@@ -358,9 +358,10 @@ def main(argv: list[str]) -> None:
                 found = race(args, f"{folder}/model", ours + [(peer, group[0]) for peer in peers])
                 after = limits(args.device)
                 speed, *peaks = map(statistics.mean, zip(before, after))
-                said["limits"][group[0]] = {"bytes/s": speed, "TFLOP/s": dict(zip(WIDTHS, peaks))}
+                peak = dict(zip(WIDTHS, peaks))
+                report(args, config_of(args), found, peers, speed, peak)
+                said["limits"][group[0]] = {"bytes/s": speed, "TFLOP/s": peak}
                 said["results"] |= found
-                report(args, config_of(args), found, peers, speed, dict(zip(WIDTHS, peaks)))
                 before, peers = after, [peer for peer in peers if peer != "gpt-fast"]  # in 32 bits a GPU has no room for it
     print(json.dumps(said))
 

@@ -150,7 +150,7 @@ def _conversations(record, images, generator) -> Plan:
     if record.get("image"):
         meant += re.findall(r"<(?:region|bbox)\d*>", " ".join(text for pair in pairs for text in pair))
     if meant:  # it would be trained without a marker
-        raise ValueError(f'{meant[0]}, but no "regions", and the id {record.get("id")!r} is of no kind that has others')
+        raise ValueError(f'{meant[0]}, but no "regions", and the id {record.get("id")!r} is of no kind that reads it')
     return Plan([], lambda words: pairs)
 
 
