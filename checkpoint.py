@@ -62,13 +62,16 @@ def load(
     return quant.pack(model) if ready else model, tokenizer
 
 
-def _load(folder: Path, device, dtype, clip, quantize: str) -> tuple[ViPLLaVA, Tokenizer]:
+def _load(folder: Path, device, dtype, clip, quantize: str, heirs: tuple[Path, ...] = ()) -> tuple[ViPLLaVA, Tokenizer]:
+    """heirs: the adapters whose base the folder is."""
     if what := lora.about(folder):
+        if folder.resolve() in heirs:
+            raise ValueError(f"{folder} is an adapter whose base, {what['base']}, leads back to it; expected a whole model")
         try:
             base = find(what["base"])
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{folder} is an adapter of a model that can't be found: {error}") from None
-        model, tokenizer = _load(base, device, dtype, clip, "")
+        model, tokenizer = _load(base, device, dtype, clip, "", (*heirs, folder.resolve()))
         if model.config.quantized:
             raise ValueError(f"{folder} is an adapter of {what['base']}, which is {model.config.quantized}; expected 16 bits")
         model = lora.merge(lora.load(model, folder)).requires_grad_(True)

@@ -359,8 +359,8 @@ def test_other_records_do_not_continue_a_run(base, mine, tmp_path):
 
 
 def test_a_run_does_not_bury_where_it_begins(base, tmp_path, monkeypatch):
-    """Guards against weights that are overwritten by their own training, an adapter that names itself as its base, and a
-    model beside an adapter, which alone would be found."""
+    """Guards against weights that are overwritten by their own training, an adapter that names itself as its base, also
+    because it was moved there, and a model beside an adapter, which alone would be found."""
     shutil.copytree(base, tmp_path / "base")
     model, argv = str(tmp_path / "base"), ["--data", "markers", "--steps", "1", *FLAGS]
     with pytest.raises(ValueError, match="is the model to start from"):
@@ -375,6 +375,9 @@ def test_a_run_does_not_bury_where_it_begins(base, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(FileNotFoundError, match="mine is an adapter of a model that can't be found"):
         checkpoint.load(tmp_path / "mine")
+    (tmp_path / "mine").rename(tmp_path / "base")  # where its base was
+    with pytest.raises(ValueError, match="an adapter whose base, .*base, leads back to it"):
+        checkpoint.load(tmp_path / "base")
 
 
 def test_nothing_but_bad_records_is_no_run(base, mine, tmp_path):
