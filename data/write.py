@@ -5,6 +5,7 @@
     python -m data.write sheet sheet.png                   twelve samples with their questions, to look at
     python -m data.write example examples/scene.png        one fixed scene, and
     python -m data.write rich examples/rich.png            another, with textures, a letter and digits
+    python -m data.write three examples/three.png          a third, of three things
     python -m data.write markers examples/markers.png      the eight markers on the first
 """
 import contextlib
@@ -129,6 +130,13 @@ def rich_scene() -> Scene:
     return Scene((448, 448), objects, Background("flat", ((138, 136, 130), (138, 136, 130))))
 
 
+def three_things() -> Scene:
+    """A fixed scene of few things, two of a shape: 448 x 448."""
+    star = replace(make_object("star", "green", "large", (350, 130), 66, -0.2), texture="striped")
+    objects = make_object("star", "red", "large", (100, 110), 70, 0.1), make_object("ring", "blue", "small", (235, 300), 54), star
+    return Scene((448, 448), objects, Background("flat", ((138, 136, 130), (138, 136, 130))))
+
+
 def eight_markers(path: str | Path, side: int = 224) -> None:
     """The fixed scene eight times, each time with another marker on its heart, and the words that point at it."""
     scene, generator = example_scene(), generator_for("val", 0, 3)
@@ -159,6 +167,7 @@ def main(argv: list[str]) -> None:
     pictures = {"sheet": ("twelve samples to look at", sheet),
                 "example": ("one fixed scene", lambda path: render(example_scene()).save(path)),
                 "rich": ("another", lambda path: render(rich_scene()).save(path)),
+                "three": ("a third, of three things", lambda path: render(three_things()).save(path)),
                 "markers": ("the eight markers on it", eight_markers)}
     for name, (text, _) in pictures.items():
         commands.add_parser(name, help=text).add_argument("out", help="the image to write, such as out.png")
