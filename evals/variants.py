@@ -190,6 +190,7 @@ class Course:
     steps: int
     batch: int = 32
     lr: float = 1e-3
+    projector_lr: float = 4e-3  # it is new; with the language model's rate some seeds are far from done after 600 steps
     low: torch.dtype = torch.float32  # in which is computed
     compile: bool = False
 
@@ -197,8 +198,8 @@ class Course:
 def teach(model: ViPLLaVA, lessons: Lessons, course: Course, seed: int, out: Path) -> None:
     """Train projector and language model; a run that was cut goes on, one that is over is loaded. out: a folder named after
     what is trained."""
-    recipe = Recipe(data=out.name, train="language", steps=course.steps, batch=course.batch,
-                          lr=course.lr, seed=seed)  # fmt: skip
+    recipe = Recipe(data=out.name, train="language", steps=course.steps, batch=course.batch, lr=course.lr,
+                    projector_lr=course.projector_lr, seed=seed)  # fmt: skip
     train.freeze(model, recipe, torch.float32)
     if course.compile:
         for block in model.llama.layers:
