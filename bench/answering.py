@@ -34,7 +34,6 @@ NEXT = 20  # tokens of a chat's second question
 ANSWER = 16  # of its first answer
 
 
-
 def config_of(args: argparse.Namespace) -> ViPLLaVAConfig:
     config = SIZES[args.size]
     text = replace(config.text, layers=args.layers or config.text.layers)

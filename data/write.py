@@ -117,6 +117,9 @@ def example_scene() -> Scene:
     return Scene((448, 448), objects, Background("gradient", ((112, 118, 132), (160, 150, 142)), (0.2, 0.3)))
 
 
+GRAY = Background("flat", 2 * ((138, 136, 130),))
+
+
 def rich_scene() -> Scene:
     """A fixed scene for all that may be asked: 448 x 448, textures, a letter, digits, and two of a shape."""
     objects = (make_object("star", "red", "large", (100, 96), 70, 0.1),
@@ -127,14 +130,14 @@ def rich_scene() -> Scene:
                make_object("bar", "orange", "large", (362, 330), 68, 0.2))
     dress = ({"text": "K"}, {"text": "4"}, {"texture": "striped"}, {"text": "3"}, {}, {"texture": "dotted"})
     objects = tuple(replace(thing, **more) for thing, more in zip(objects, dress))
-    return Scene((448, 448), objects, Background("flat", ((138, 136, 130), (138, 136, 130))))
+    return Scene((448, 448), objects, GRAY)
 
 
 def three_things() -> Scene:
     """A fixed scene of few things, two of a shape: 448 x 448."""
     star = replace(make_object("star", "green", "large", (350, 130), 66, -0.2), texture="striped")
     objects = make_object("star", "red", "large", (100, 110), 70, 0.1), make_object("ring", "blue", "small", (235, 300), 54), star
-    return Scene((448, 448), objects, Background("flat", ((138, 136, 130), (138, 136, 130))))
+    return Scene((448, 448), objects, GRAY)
 
 
 def eight_markers(path: str | Path, side: int = 224) -> None:

@@ -70,8 +70,8 @@ def test_trains_as_transformers_does():
 
 def test_names_what_is_marked_and_only_then(tiny):
     """Guards against weights that no longer fit the code. README claims 95.2 % of 2,000 scenes and at least 90.8 % of
-    each kind: fewer than 85 % of 160, or 14 of 20, would be bad luck of one in four million, and of one in 680. Without the
-    marker little more than chance, 29 %, may be left."""
+    each kind: fewer than 85 % of 160, or 14 of 20, would be bad luck of one in four million, and of one in 680. Without
+    the marker little more than chance, 29 %, may be left."""
     table = evaluate(*tiny, 160)
     assert table["all"][0] >= 136
     assert all(right >= 14 for right, seen in table.values()), table
