@@ -196,7 +196,7 @@ def probed(lab: Lab) -> Iterator[dict]:
             said = row(name, depth, means, statistics.mean(one[name]["chance"] / 100 for one in tables))
             if len(tables) == 1:
                 said |= dict(zip(("low", "high"), table["interval"][depth]))
-            yield said | {"n": table["n"]}
+            yield said | {"n": table["n"], "unit": "depth"}
 
 
 def unseen(lab: Lab) -> Iterator[dict]:
@@ -232,7 +232,7 @@ def kinds(lab: Lab) -> Iterator[dict]:
 def numbers(lab: Lab) -> Iterator[dict]:
     for count in range(1, 9):
         make = lambda i: trials.of_many(generator_for("test", 0, i), lab.size, count)  # noqa: E731
-        yield _counted(lab, "eight things, so many of them marked", count, make)
+        yield _counted(lab, "eight things, so many of them marked", count, make) | {"unit": "markers"}
 
 
 def breaking(lab: Lab) -> Iterator[dict]:
@@ -258,7 +258,8 @@ def beyond(lab: Lab) -> Iterator[dict]:
         texts = lab.kept(f"described-{marks}", lambda: lab.ask(samples, limit=100))
         right = {"facts of the caption": trials.facts_right, "number of things": trials.number_right}
         for name, score in right.items():
-            yield row(name, marks, [[score(*both) for both in zip(samples, texts)]], trials.chance_of(name, marks))
+            scores = [score(*both) for both in zip(samples, texts)]
+            yield row(name, marks, [scores], trials.chance_of(name, marks)) | {"unit": "markers"}
 
 
 TOWERS = {f"{name}, patches of {patch}": VisionConfig(image_size=112, patch_size=patch, width=width, layers=depth,
@@ -294,6 +295,7 @@ def _clip(lab: Lab, name: str, config: VisionConfig) -> dict:
 
 EXPERIMENTS = {"kinds": kinds, "numbers": numbers, "beyond": beyond, "breaking": breaking, "probes": probed,
                "overlay": overlay, "layers": layers, "unseen": unseen, "clips": clips}  # fmt: skip
+MEASURES = {"probes": "read rightly", "beyond": "told rightly", "clips": "kinds of marker told rightly"}  # else exact answers
 
 
 # -- command ---------------------------------------------------------------------------------------------------------
@@ -319,7 +321,10 @@ def main(argv: list[str]) -> None:
                          f"{2 * len(KINDS)} exercises, 128 probed scenes and a side of 32")  # fmt: skip
     out = args.out or Path("runs/quick" if args.quick else "runs/experiments")
     model, tokenizer = checkpoint.load(args.model, check_device(args.device), torch.float32)
-    about = {"model": args.model, "weights": digest(model), "side": args.side, "precision": args.precision, **asdict(plan)}
+    if model.config.quantized:
+        raise ValueError(f"{args.model} is {model.config.quantized}; expected 16 or 32 bits a weight")
+    about = {"model": args.model, "weights": digest(model), "side": args.side, "precision": args.precision,
+             "rates": [Course.lr, Course.projector_lr], **asdict(plan)}  # fmt: skip
     del about["seeds"]  # more of them may come later
     refuse_another(out, about)
     torch.set_flush_denormal(True)  # as train.py does
@@ -329,13 +334,14 @@ def main(argv: list[str]) -> None:
         for said in EXPERIMENTS[name](lab):
             rows.append(said)
             print("{series:36} {x!s:>24} {accuracy:6.1f}   ({low:.1f} to {high:.1f}; chance {chance:.1f})".format(**said), flush=True)
-        replace_file(out / f"{name}.json", json.dumps({"experiment": name, **about, "rows": rows}, indent=1) + "\n")
+        measure = MEASURES.get(name, "exact answers")
+        replace_file(out / f"{name}.json", json.dumps({"experiment": name, "measure": measure, **about, "rows": rows}, indent=1) + "\n")
         figures.draw(out / f"{name}.json")
 
 
 def digest(model: ViPLLaVA) -> str:
     """A few letters that change with any of the weights: a folder may be trained anew under its old name."""
-    sums = [p.detach().double().sum().item() for p in model.parameters()]
+    sums = [p.detach().cpu().double().sum().item() for p in model.parameters()]
     return hashlib.sha256(repr(sums).encode()).hexdigest()[:12]
 
 

@@ -41,7 +41,7 @@ def draw(path: Path) -> Path | None:
     figure = Figure(figsize=(wide, 0.5 + (4.5 if columns == 1 else 3 * lines)), layout="constrained")
     for k, panel in enumerate(groups, 1):
         _panel(figure.add_subplot(lines, columns, k), panel)
-    figure.suptitle(f"{said['experiment']}: exact answers in percent (model {said['model']})")
+    figure.suptitle(f"{said['experiment']}: {said.get('measure', 'exact answers')}, in percent (model {said['model']})")
     figure.savefig(path.with_suffix(".png"), dpi=110)
     return path.with_suffix(".png")
 

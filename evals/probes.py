@@ -11,8 +11,11 @@ chance of naming the commonest answer.
     direction       where an arrow points to, of eight  | from the patch in the marker's middle, and the patches' mean
     color, shape    of the object that is marked       /
     position        which patch, or one beside it, the marker's middle lies in: one linear score for each patch, softmax
+    ink             does the marker cross this patch? From the patch alone, of as many that it crosses as of such beside
+                    them that it doesn't: is it still known at this depth where exactly a line ran?
 
-To name the object takes more than to see it: which of two to six objects is meant has to be in the features.
+Whoever asks for kind, direction, color or shape is told where the marker's middle is, as attention might find it: what
+is read is what the features say there. For most markers that is a place on the object itself.
 """
 
 import json
@@ -27,32 +30,42 @@ import torch.nn.functional as F
 from PIL import Image
 
 import checkpoint
-from clip import CLIPVision, VisionConfig, preprocess
+from clip import CLIPVision, preprocess
 from commandline import Parser, check_device, run
 from data.scenes import OBJECT_COLORS, SHAPES, generator_for, render, sample_scene, until_marked
 from evals.benchmark import interval, replace_file
 from overlay import KINDS, Marker, draw
 
 QUESTIONS = ("kind", "direction", "color", "shape")
-PLACED = 1000  # scenes whose patches are kept, to ask for the position
+PLACED = 1000  # scenes whose patches are kept, to ask for position and ink
 
 
 # -- what is seen, and what is true ----------------------------------------------------------------------------------
 
 
-def middle(marker: Marker, size: tuple[int, int]) -> tuple[float, float]:
-    """Of what is drawn: the mean of the pixels that it changes on a blank image."""
+def ink_of(marker: Marker, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of the pixels that the marker changes on a blank image."""
     blank = Image.new("RGB", size, "black" if sum(marker.color) > 384 else "white")
-    y, x = np.nonzero(np.any(np.asarray(draw(blank, [marker])) != np.asarray(blank), axis=2))
-    return float(x.mean()), float(y.mean())
+    return np.nonzero(np.any(np.asarray(draw(blank, [marker])) != np.asarray(blank), axis=2))[::-1]
+
+
+def crossed(ink: tuple[np.ndarray, np.ndarray], side: int, grid: int) -> torch.Tensor:
+    """Which of grid x grid patches has ink on a twentieth of its pixels or more: 1; has none, but is beside such: 0; else
+    -1. (N,)"""
+    x, y = (grid * pixels // side for pixels in ink)
+    pixels = torch.from_numpy(np.bincount(y * grid + x, minlength=grid * grid))
+    inked = pixels >= 0.05 * (side / grid) ** 2
+    numbers = torch.arange(grid * grid)
+    near = beside(numbers, numbers[inked], grid).any(dim=1)
+    return torch.where(inked, 1, torch.where(near & (pixels == 0), 0, -1))
 
 
 def marked_scene(i: int, split: str, seed: int, side: int, kinds: Sequence[str] = KINDS):
     """A marked image, and the number of the right answer to each question; direction: only if it is an arrow."""
     generator, kind = generator_for(split, seed, i), kinds[i % len(kinds)]
     scene, (thing,), (marker,) = until_marked(lambda: sample_scene(generator, (side, side)), generator, 1, (kind,))
-    x, y = middle(marker, scene.size)
-    truth = {"kind": KINDS.index(kind), "place": (x / side, y / side),
+    ink = ink_of(marker, scene.size)
+    truth = {"kind": KINDS.index(kind), "place": tuple(pixels.mean() / side for pixels in ink), "ink": ink,
              "color": list(OBJECT_COLORS).index(thing.color), "shape": list(SHAPES).index(thing.shape)}  # fmt: skip
     if kind == "arrow":
         (x0, y0), (x1, y1) = marker.points[0], marker.points[-1]  # from its tail to its tip
@@ -63,10 +76,11 @@ def marked_scene(i: int, split: str, seed: int, side: int, kinds: Sequence[str] 
 @torch.no_grad()
 def look(tower: CLIPVision, n: int, split: str, seed: int, side: int, kinds: Sequence[str] = KINDS, batch: int = 64):
     """Of n scenes and every depth: pooled features (L + 1, n, 2C), and patches of the first ones (L + 1, m, N, C); for
-    each question the answers (n,), -1 where there is none, and the number of the patch (m,) with the marker's middle."""
+    each question the answers (n,), -1 where there is none; of the first ones the number of the patch with the marker's
+    middle (m,), and what `crossed` says of each patch (m, N)."""
     device, S = tower.class_embedding.device, tower.config.image_size
     grid = S // tower.config.patch_size
-    pooled, patches, truths, places = [], [], [], []
+    pooled, patches, truths, places, inks = [], [], [], [], []
     layers = tuple(range(tower.config.layers + 1))
     for first in range(0, n, batch):
         images, answers = zip(*(marked_scene(i, split, seed, side, kinds) for i in range(first, min(first + batch, n))))
@@ -77,10 +91,11 @@ def look(tower: CLIPVision, n: int, split: str, seed: int, side: int, kinds: Seq
         pooled.append(torch.cat([states[:, range(len(here)), here], states.mean(dim=2)], dim=-1))
         if first < PLACED:
             patches.append(states.half())
+            inks += [crossed(truth["ink"], side, grid) for truth in answers]
         truths, places = truths + list(answers), places + here
     answers = {name: torch.tensor([truth.get(name, -1) for truth in truths]) for name in QUESTIONS}
     patches = torch.cat(patches, dim=1)
-    return torch.cat(pooled, dim=1), patches, answers, torch.tensor(places[: patches.size(1)])
+    return torch.cat(pooled, dim=1), patches, answers, torch.tensor(places[: patches.size(1)]), torch.stack(inks)
 
 
 # -- probes ----------------------------------------------------------------------------------------------------------
@@ -108,14 +123,13 @@ def probe(x: torch.Tensor, y: torch.Tensor, test_x: torch.Tensor, test_y: torch.
     return int((F.linear(test_x, weight, bias).argmax(dim=1) == test_y).sum())
 
 
-def beside(a: torch.Tensor, b: torch.Tensor, config: VisionConfig) -> torch.Tensor:
-    """Are the patches a (N,) and b (m,) the same, or neighbours? (N, m)"""
-    grid = config.image_size // config.patch_size
+def beside(a: torch.Tensor, b: torch.Tensor, grid: int) -> torch.Tensor:
+    """Are the patches a (N,) and b (m,) of grid x grid the same, or neighbours? (N, m)"""
     rows, columns = (a[:, None] // grid - b // grid).abs(), (a[:, None] % grid - b % grid).abs()
     return (rows <= 1) & (columns <= 1)
 
 
-def place(x: torch.Tensor, y: torch.Tensor, test_x: torch.Tensor, test_y: torch.Tensor, config: VisionConfig) -> int:
+def place(x: torch.Tensor, y: torch.Tensor, test_x: torch.Tensor, test_y: torch.Tensor, grid: int) -> int:
     """How many of test_y (m,), numbers of patches, or patches beside them, the best linear score of a patch finds that
     learned y (n,) from x (n, N, C)."""
     x, test_x = x.float(), test_x.float()
@@ -124,21 +138,32 @@ def place(x: torch.Tensor, y: torch.Tensor, test_x: torch.Tensor, test_y: torch.
     weight = torch.zeros(x.size(2), requires_grad=True)
     _minimise(lambda: F.cross_entropy(x @ weight, y) + 1e-3 * weight.square().sum(), [weight])
     found = (test_x @ weight).argmax(dim=1)
-    return int(beside(found, test_y, config).diagonal().sum())
+    return int(beside(found, test_y, grid).diagonal().sum())
+
+
+def evenly(y: torch.Tensor, seed: int) -> torch.Tensor:
+    """Numbers of as many elements of y (m,) that are 1 as of such that are 0, drawn at random."""
+    sides = [torch.nonzero(y == value).flatten() for value in (0, 1)]
+    generator, n = torch.Generator().manual_seed(seed), min(map(len, sides))
+    return torch.cat([side[torch.randperm(len(side), generator=generator)[:n]] for side in sides])
 
 
 def table(tower: CLIPVision, n: int, seed: int, side: int) -> dict[str, dict]:
     """Question -> accuracy at each depth, its 95 % intervals, and chance, in percent; tested on n // 2 scenes."""
-    results = {}
+    results, grid = {}, tower.config.image_size // tower.config.patch_size
     for kinds, names in ((("arrow",), ("direction",)), (KINDS, ("kind", "color", "shape"))):
-        x, patches, y, places = look(tower, n, "val", seed, side, kinds)
-        test_x, test_patches, test_y, test_places = look(tower, n // 2, "test", seed, side, kinds)
+        x, patches, y, places, inks = look(tower, n, "val", seed, side, kinds)
+        test_x, test_patches, test_y, test_places, test_inks = look(tower, n // 2, "test", seed, side, kinds)
         for name in names:
             counts = [probe(x[k], y[name], test_x[k], test_y[name]) for k in range(len(x))]
             results[name] = _row(counts, int((test_y[name] == y[name].mode().values).sum()), n // 2)
-    near = beside(torch.arange(tower.config.patches), test_places, tower.config)  # (N, m)
-    counts = [place(patches[k], places, test_patches[k], test_places, tower.config) for k in range(len(x))]
+    near = beside(torch.arange(tower.config.patches), test_places, grid)  # (N, m)
+    counts = [place(patches[k], places, test_patches[k], test_places, grid) for k in range(len(x))]
     results["position"] = _row(counts, int(near.sum(dim=1).max()), len(test_places))
+    (y, some), (test_y, others) = ((ink.flatten(), evenly(ink.flatten(), seed)) for ink in (inks, test_inks))
+    counts = [probe(patches[k].flatten(0, 1)[some].float(), y[some], test_patches[k].flatten(0, 1)[others].float(), test_y[others])
+              for k in range(len(x))]  # fmt: skip
+    results["ink"] = _row(counts, len(others) // 2, len(others))
     return results
 
 

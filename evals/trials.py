@@ -240,15 +240,15 @@ def _small(generator, size, level) -> Trial:
 
 
 def _overlapping(generator, size, level) -> Trial:
-    """Another object's ellipse grows to `level` percent of its size, over the marker that is asked about."""
+    """Another object's ellipse, moved `level` percent of the way onto the object that is asked about, and its marker."""
     scene, things, markers = until_marked(
         lambda: sample_scene(generator, size, int(generator.integers(2, 7))), generator, 2,
         ("rectangle", "arrow", "scribble", "point", "ellipse"),
         accept=lambda scene, things, markers: markers[1].kind == "ellipse" != markers[0].kind)  # fmt: skip
-    (x0, y0), (x1, y1) = markers[1].points
-    x, y, grown = (x0 + x1) / 2, (y0 + y1) / 2, level / 100
-    points = ((x + grown * (x0 - x), y + grown * (y0 - y)), (x + grown * (x1 - x), y + grown * (y1 - y)))
-    return trial(scene, things[0], markers[0], draw(render(scene), [markers[0], replace(markers[1], points=points)]))
+    (x, y), (to_x, to_y) = (thing.center for thing in reversed(things))
+    dx, dy = level / 100 * (to_x - x), level / 100 * (to_y - y)
+    other = replace(markers[1], points=tuple((px + dx, py + dy) for px, py in markers[1].points))
+    return trial(scene, things[0], markers[0], draw(render(scene), [markers[0], other]))
 
 
 def _disagreeing(generator, size, level) -> Trial:
@@ -268,7 +268,7 @@ BREAKING = {
     "blur": Difficulty("pixels at 336", (0, 1, 2, 4, 6, 9), _blurred),
     "JPEG": Difficulty("quality", (95, 60, 30, 15, 8, 4), _compressed),
     "small objects": Difficulty("percent of their size", (100, 80, 65, 50, 40, 30), _small),
-    "overlapping markers": Difficulty("percent of the other's size", (100, 150, 200, 250, 300), _overlapping),
+    "overlapping markers": Difficulty("percent of the way onto the other", (0, 25, 50, 75, 100), _overlapping),
     "markers that disagree": Difficulty("others with the same words", (0, 1, 2, 3), _disagreeing),
 }
 

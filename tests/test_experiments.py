@@ -10,6 +10,7 @@ import torch
 
 import checkpoint
 import contrast
+import quant
 from chat import IMAGE
 from clip import VisionConfig, preprocess
 from commandline import run
@@ -162,6 +163,20 @@ def test_a_covered_marker_is_gone_and_many_markers_are_there():
     assert [len(trials.described(generator_for("test", 0, 3), SIZE, marks).markers) for marks in range(4)] == [0, 1, 2, 3]
 
 
+def test_an_overlapping_marker_comes_to_lie_on_the_one_asked_about(monkeypatch):
+    """Guards against a level that changes nothing, and another that moves the marker which is asked about."""
+    drawn = []
+    monkeypatch.setattr(trials, "draw", lambda image, markers: drawn.append(markers) or image)
+    for i in range(4):
+        levels = []
+        for level in (0, 50, 100):
+            trials._overlapping(generator_for("test", 0, i), SIZE, level)
+            asked, other = drawn.pop()
+            levels.append((asked, np.mean(other.points, axis=0)))
+        (asked, start), (_, half), (again, end) = levels
+        assert asked == again and np.allclose(half, (start + end) / 2, atol=0.02)  # a marker rounds its points
+
+
 def test_descriptions_are_scored_by_their_facts():
     """Guards against facts that count twice, and a number that is the true one whatever is said."""
     sample = trials.described(generator_for("test", 0, 3), SIZE, 0)
@@ -258,6 +273,13 @@ def test_a_command_writes_results_and_refuses_other_flags(small, tmp_path, capsy
 def test_a_mistake_is_one_line(flags, words, tmp_path, capsys):
     assert run(main, [*flags, "--out", str(tmp_path / "out")]) == 2
     assert words in (err := capsys.readouterr().err) and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_quantised_weights_are_refused(tmp_path, capsys):
+    """Guards against a traceback: variants begin with a language model of 16 or 32 bits."""
+    assert run(quant.main, ["tiny", str(tmp_path / "small"), "--bits", "8"]) == 0
+    assert run(main, ["overlay", "--model", str(tmp_path / "small"), "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    assert "is int8; expected 16 or 32 bits" in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
 def test_panels_join_what_shares_its_values():
