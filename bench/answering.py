@@ -25,7 +25,7 @@ import llama
 from bench.training import SIZES
 from chat import IMAGE
 from clip import VisionConfig
-from generate import Memory, compile_steps, generate, kept_in
+from generate import Memory, compile_steps, generate
 from tokenizer import Tokenizer
 from vipllava import ViPLLaVA, ViPLLaVAConfig, expand
 
@@ -103,10 +103,11 @@ class Ours:
         return returned, time.perf_counter() - began
 
     def read(self) -> int:
-        """Bytes that a token has to read: the decoder's weights, and keys and values in the middle of the answer."""
+        """Bytes that a token has to read: the decoder's weights, and keys and values in the middle of the answer, of as
+        many bits as the model has otherwise (on a CPU they are kept in 32, see generate.kept_in)."""
         state = self.model.llama.state_dict()
         text, length = self.model.config.text, len(expand(self.ids, self.model.config.vision.patches))
-        size = kept_in(self.model.llama.embed_tokens.weight).itemsize
+        size = self.model.llama.embed_tokens.weight.itemsize
         kept = 2 * text.layers * text.kv_heads * text.head_width * size * (length + self.args.tokens // 2)
         return kept + sum(x.nbytes for name, x in state.items() if not name.startswith("embed_tokens"))
 

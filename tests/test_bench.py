@@ -24,7 +24,7 @@ def test_records(capsys):
 
 
 def test_speed(capsys):
-    """Guards against a benchmark that has rotted, and a side that says other tokens."""
+    """Guards against a benchmark that has rotted."""
     flags = ["--words", "4", "--tokens", "3", "--repeat", "1", "--precision", "int8", "--device", "cpu"]
     assert run(speed.main, ["--size", "tiny", "--layers", "2", *flags]) == 0
     out = capsys.readouterr().out.splitlines()
@@ -32,6 +32,15 @@ def test_speed(capsys):
     assert [line.split()[0] for line in out[2:7]] == ["decode", "prefill", "load", "…", "second"]
     found = json.loads(out[-1])["results"]["ours int8"]
     assert len(found["answers"][0][2]) == 3 and len(found["turns"]) == 1 and found["peak"] > 0
+
+
+def test_other_tokens_are_told():
+    """Guards against a race between two that say different things."""
+    answers = lambda *said: {"answers": [(0.1, 0.1, list(tokens)) for tokens in said]}  # noqa: E731
+    same = {"ours bfloat16": answers("ab", "ab"), "transformers bfloat16": answers("ac"), "ours float32": answers("ab")}
+    assert speed.differing(same) == [] and speed.differing(same | {"transformers float32": answers("ab")}) == []
+    assert "expected the same in 32 bits" in speed.differing(same | {"transformers float32": answers("ac")})[0]
+    assert "expected the same each time" in speed.differing(same | {"ours int8": answers("ab", "ab", "ad")})[0]
 
 
 def test_another_gpt_fast_is_refused(tmp_path, capsys):
