@@ -62,6 +62,17 @@ def load(
     return quant.pack(model) if ready else model, tokenizer
 
 
+def sources(path_or_name) -> list[Path]:
+    """The folders that `load` reads: the model's own, and an adapter's base's. See `find` for what it raises."""
+    folders = [find(path_or_name).resolve()]
+    while what := lora.about(folders[-1]):
+        base = find(what["base"]).resolve()
+        if base in folders:
+            break  # `load` will say so
+        folders.append(base)
+    return folders
+
+
 def _load(folder: Path, device, dtype, clip, quantize: str, heirs: tuple[Path, ...] = ()) -> tuple[ViPLLaVA, Tokenizer]:
     """heirs: the adapters whose base the folder is."""
     if what := lora.about(folder):
@@ -183,7 +194,7 @@ def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=(), quantize=
     stored = parts[0].dtype
     dtype = stored if dtype == "stored" else dtype or default_dtype(device, size, stored)
     tensors = {name: x.to(device, dtype) for name, x in fresh.items()}
-    reading = _with_bar((pair for part in parts for pair in part.read(device, dtype)), len(found) - len(fresh))
+    reading = _with_bar((pair for part in parts for pair in part.read(device, dtype, bool(quantize))), len(found) - len(fresh))
     tensors.update(quant.compress(reading, quantize) if quantize else reading)
     model.load_state_dict({name: tensors[rename(name)] for name in model.state_dict()}, assign=True)
     if dtype.itemsize == 2 and device.type == "cpu":

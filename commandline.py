@@ -31,9 +31,10 @@ def check_device(name: str | None) -> torch.device:
         found = torch.empty(0, device=device).device
         if found.type not in here or found.type == "cpu" and ":" in str(device):
             raise RuntimeError
-    except (RuntimeError, AssertionError):  # the latter where PyTorch was built without CUDA
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without CUDA
         choices = " or ".join(name for name, there in here.items() if there)
-        raise ValueError(f"there is no device {name!r} here; expected {choices}") from None
+        why = f" ({str(error).splitlines()[0]})" if name is None and str(error) else ""  # it is there, but can't be used
+        raise ValueError(f"there is no device {device!r} here{why}; expected {choices}") from None
     return torch.device(device)
 
 

@@ -124,17 +124,17 @@ class Part:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first tensor that is not quantised, and in a checkpoint of one piece of all."""
+        """Of the first tensor that is not quantised."""
         return next(x.dtype for name, x in self.tensors.items() if not self.quantized(name))
 
-    def read(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor as `dtype` (what is quantised: as it is) on `device`.
+    def read(self, device: torch.device, dtype: torch.dtype, passing=False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor as `dtype` (what is quantised: as it is) on `device`. passing: most are not kept as they come.
 
-        Pages of a mapped file are memory in use once they are read. Where tensors are converted, the file is opened
-        anew for every 32nd part of it, which lets go of those before (but for a page or so of each tensor).
+        Pages of a mapped file are memory in use once they are read. Where tensors are converted, or only pass by, the file
+        is opened anew for every 32nd part of it, which lets go of those before (but for a page or so of each tensor).
         """
         wanted = {name: x.dtype if self.quantized(name) else dtype for name, x in self.tensors.items()}
-        as_is = device.type == "cpu" and all(x.dtype == wanted[name] for name, x in self.tensors.items())
+        as_is = not passing and device.type == "cpu" and all(x.dtype == wanted[name] for name, x in self.tensors.items())
         carrier = Carrier(device) if device.type == "cuda" else None
         for file in self.files:
             pieces = [None]

@@ -17,6 +17,7 @@ A GPU is never waited for while there is something to do: the next steps are lau
 to the host, so that a token which ends the answer is seen AHEAD steps late, and what followed it is dropped.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
@@ -28,7 +29,8 @@ from llama import KVCache, sample
 from vipllava import ViPLLaVA, ViPLLaVAConfig, expand, pad
 
 AHEAD = 2  # steps that a GPU is given before the token of the first is read
-ROOM = 256  # a lone prompt's cache has a multiple of so many slots: a chat seldom outgrows it, and few shapes are compiled
+ROOM = 256  # a lone prompt's cache has a multiple of so many slots, and twice as many once a chat outgrows it: few shapes
+# are compiled, and few steps recorded anew
 
 
 class Memory:
@@ -56,7 +58,8 @@ class Memory:
         """How many of the row's tokens are in the cache, which has `slots` or more, ready for the token after them."""
         known = common([self.ids, row[:-1]])  # the last one's logits are wanted in any case
         if self.cache is None or self.cache.slots.numel() < slots:
-            slots = min(-(-slots // ROOM) * ROOM, config.text.context)
+            before = 0 if self.cache is None else self.cache.slots.numel()
+            slots = min(max(-(-slots // ROOM) * ROOM, 2 * before), config.text.context)
             start = torch.full((1,), known, device=like.device)
             new = self.cache.continued(known, start, slots) if known else KVCache(config.text, start, slots, kept_in(like))
             self.cache = new
@@ -223,15 +226,16 @@ class Replayed:
     longer to start them than they take.
 
     The first call with another shape of x, or another rest, does what it always does, to compile as well; the second is
-    recorded, and from then on only x's values differ.
+    recorded, and from then on only x's values differ. What rest takes (a cache) is not kept alive for a next call.
     """
 
     def __init__(self, function: Callable):
         self.function, self.known, self.graph = function, None, None
 
     def __call__(self, x: torch.Tensor, *rest) -> torch.Tensor:
-        if self.known != (x.shape, rest):
-            self.known, self.graph = (x.shape, rest), None
+        known = x.shape, *map(weakref.ref, rest)
+        if self.known != known:
+            self.known, self.graph = known, None
             return self.function(x, *rest)
         if self.graph is None:
             self.x, graph = x.clone(), torch.cuda.CUDAGraph()

@@ -156,7 +156,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if about(args.adapter) is None:
         raise FileNotFoundError(f"no {FILE} in {args.adapter}")
-    checkpoint.check_target(args.out)
+    if checkpoint.check_target(args.out) in checkpoint.sources(args.adapter):
+        raise ValueError(f"{args.out} is the adapter itself, or its base; expected another folder")
     checkpoint.save(*checkpoint.load(args.adapter, "cpu", "stored"), args.out)
 
 

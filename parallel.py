@@ -60,10 +60,13 @@ def find_place(device: str | None) -> Place:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return Place(check_device(device))
-    chosen = check_device(device)
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device and device.startswith("cuda:"):
+        raise ValueError(f"--device is {device} for {world} processes; expected cuda: each takes the GPU of its own number")
+    if device == "cuda" or device is None and torch.cuda.is_available():
+        chosen = check_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(chosen)
+    else:
+        chosen = check_device(device)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return Place(chosen, dist.get_rank(), world)
 

@@ -297,15 +297,14 @@ def pack(model: nn.Module) -> nn.Module:
 def main(argv: list[str]) -> None:
     import checkpoint
     from commandline import Parser
-    from hub import find
 
     parser = Parser(description="Write a checkpoint whose decoder has 8 or 4 bits a weight.")
     parser.add_argument("model", help="a name or folder")
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of a weight (8)")
     args = parser.parse_args(argv)
-    if checkpoint.check_target(args.out) == find(args.model).resolve():
-        raise ValueError(f"{args.out} is the model itself; expected another folder")
+    if checkpoint.check_target(args.out) in checkpoint.sources(args.model):
+        raise ValueError(f"{args.out} is the model itself, or the base of its adapter; expected another folder")
     model, tokenizer = checkpoint.load(args.model, "cpu", "stored", quantize=f"int{args.bits}", ready=False)
     checkpoint.save(model, tokenizer, args.out)
 

@@ -180,6 +180,8 @@ class Chat:
                     print(self.command(name, value), file=sys.stderr)  # stdout has answers only
                 elif line:
                     self.ask(line)
+            except BrokenPipeError:  # nobody reads the answers any more
+                raise
             except (ValueError, OSError) as error:
                 complain(error)
 
@@ -200,10 +202,11 @@ class Chat:
             *self.markers, last = self.markers
             return f"removed what was {phrase(last)}"
         if name == "show":
-            save_image(draw(self.image, self.markers), check_show(Path(value), self.path, *self.masks))
+            save_image(draw(self.image, self.markers), check_show(Path(value).expanduser(), self.path, *self.masks))
             return f"saved {value}"
         if name == "image":
-            self.path, self.image, self.markers = Path(value), open_image(value), []
+            path = Path(value).expanduser()
+            self.path, self.image, self.markers = path, open_image(path), []
         if name in ("image", "new"):
             self.turns = []
             size = f"{self.image.width} x {self.image.height} pixels"

@@ -158,8 +158,8 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
             with lowered(place.device, low):
                 journal.measure(done, lambda: measure(model.eval()))
         stop = place.most(bool(stopping))  # on any of the processes: all stop after the same step
-        if done % habits.save_every == 0 or done == recipe.steps or stop:
-            states.save(out, model, optimizer, done, about, habits.keep)
+        if (done % habits.save_every == 0 or done == recipe.steps or stop) and (first or place.most(learned)):
+            states.save(out, model, optimizer, done, about, habits.keep)  # as long as all were bad there is nothing to keep
         if stop:
             break
     if first == 0 and done == recipe.steps and not place.most(learned):
@@ -206,12 +206,12 @@ def held_out_scenes(model: ViPLLaVA, tokenizer: Tokenizer, recipe: Recipe, n: in
 
 def held_out_records(model: ViPLLaVA, tokenizer: Tokenizer, records: Records, n: int = 256) -> float:
     """Exact matches, case folded, of the first answers of up to n records with images."""
-    chosen = [records[k * len(records) // n] for k in range(n)] if len(records) > n else list(records)
-    chosen, right = [sample for sample in chosen if sample.open], 0
+    chosen = [k * len(records) // n for k in range(n)] if len(records) > n else range(len(records))
+    chosen, right = [k for k in chosen if records[k].open], 0
     if not chosen:
         raise ValueError(f"none of {len(records)} records to measure on has an image; expected some")
     for first in range(0, len(chosen), 16):
-        group = chosen[first : first + 16]
+        group = [records[k] for k in chosen[first : first + 16]]  # read again: their images go with them
         for sample, text in zip(group, answer(model, tokenizer, group, 64)):
             right += text.strip().lower() == sample.turns[0].answer.strip().lower()
     return round(right / len(chosen), 3)
@@ -394,6 +394,8 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
     elif args.valid:
         records = Records([args.valid], args.images or Path("."))
         measure = functools.partial(held_out_records, tokenizer=tokenizer, records=records)
+    if measure and args.compile:  # which would compile the blocks anew for answers of any length
+        measure = torch.compiler.set_stance("force_eager")(measure)
 
     def publish(state: dict) -> None:
         if recipe.train == "lora":

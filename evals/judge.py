@@ -148,10 +148,9 @@ class Judge:
         raise ConnectionError(f"the judge at {self.url} gives no reply after {TRIES} tries: {problem}")
 
     def _post(self, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, {"Content-Type": "application/json"})
         if secret():
-            headers["Authorization"] = f"Bearer {secret()}"
-        request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
+            request.add_unredirected_header("Authorization", f"Bearer {secret()}")  # for this server, and no other
         local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")  # no proxy stands before it
         opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
         with opener.open(request, timeout=self.timeout) as reply:

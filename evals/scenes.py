@@ -34,7 +34,7 @@ def evaluate(model, tokenizer, n: int, *, source="markers", split="test", seed=0
     for first in range(0, n, batch):
         group = range(first, min(first + batch, n))
         names = [KINDS[i % len(KINDS)] if source == "markers" else source for i in group]
-        samples = [_sample(name, scenes.generator_for(split, seed, i), size) for i, name in zip(group, names)]
+        samples = [sample_of(name, scenes.generator_for(split, seed, i), size) for i, name in zip(group, names)]
         if unmarked:
             samples = [replace(sample, markers=()) for sample in samples]
         limit = 20 if source == "markers" else 100  # tokens
@@ -44,13 +44,14 @@ def evaluate(model, tokenizer, n: int, *, source="markers", split="test", seed=0
     return {name: (right[name], seen[name]) for name in seen} | {"all": (right.total(), seen.total())}
 
 
-def _sample(name: str, generator, size: tuple[int, int]) -> Sample:
+def sample_of(name: str, generator, size: tuple[int, int]) -> Sample:
+    """Of a task, or of a kind of marker."""
     return questions.test_sample(generator, size, name) if name in KINDS else SCENES[name](generator, size)
 
 
 def commonest(task: str, n: int, split="test", seed=0, side=224) -> float:
     """What always giving the commonest answer would score."""
-    answers = Counter(_sample(task, scenes.generator_for(split, seed, i), (side, side)).turns[0].answer for i in range(n))
+    answers = Counter(sample_of(task, scenes.generator_for(split, seed, i), (side, side)).turns[0].answer for i in range(n))
     return max(answers.values()) / n
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import bits, images, records, sides, speed, training
+from bench import bits, images, lookup, records, sides, speed, training
 from commandline import run
 
 
@@ -75,3 +75,15 @@ def test_bits(capsys):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 1e-4 < found["int8"]["error"] < found["int4"]["error"] < 0.3 and found["bfloat16"]["error"] < 0.02
     assert run(bits.main, ["--tokens", "1"]) == 2
+
+
+def test_lookup(capsys):
+    """Guards against drafts of another place, accepted tokens that are wrong, and a benchmark that has rotted."""
+    assert lookup.proposed([1, 2, 3, 4, 1, 2, 5, 6, 7, 8, 9, 1, 2]) == [5, 6, 7, 8]  # the latest time
+    assert lookup.proposed([1, 2, 3]) == [] == lookup.proposed([1])
+    assert lookup.steps_of([1, 2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6, 7, 8]) == 2  # 3, then four accepted and the 8 after them
+    assert lookup.steps_of([1, 2, 3], [7, 8, 9]) == 2 and lookup.steps_of([1], [7]) == 0
+    flags = ["--size", "tiny", "--layers", "1", "-n", "1", "--precision", "int8", "--device", "cpu"]
+    assert run(lookup.main, flags) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert min(found["tokens a step"].values()) >= 0 and found["cost"]["int8"] > 0

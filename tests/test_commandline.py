@@ -9,6 +9,7 @@ import torch
 
 import commandline
 from commandline import Parser, check_device, run
+from parallel import find_place
 
 ROOT = Path(commandline.__file__).parent
 
@@ -74,3 +75,22 @@ def test_a_device_that_is_not_here_is_refused(name):
     with pytest.raises(ValueError, match=f"no device '{name}' here; expected cpu"):
         check_device(name)
     assert check_device("cpu") == check_device(None) == torch.device("cpu")
+
+
+def test_a_gpu_that_cannot_be_used_says_why(monkeypatch):
+    """Guards against "no device None": a busy GPU is there, and taken where no device is named."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("it is busy\nat 0x1")))
+    with pytest.raises(ValueError, match=r"no device 'cuda' here \(it is busy\); expected cpu or cuda"):
+        check_device(None)
+
+
+def test_processes_take_gpus_of_their_own(monkeypatch):
+    """Guards against a GPU that is named, and silently another; and a traceback where there are too few."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="--device is cuda:0 for 2 processes; expected cuda"):
+        find_place("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="no device 'cuda:1' here"):
+        find_place(None)

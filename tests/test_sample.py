@@ -585,6 +585,18 @@ def test_undo_without_a_marker_help_and_show(here, monkeypatch):
     Path("chat.png").unlink()
 
 
+def test_a_chat_knows_the_home_folder_and_ends_with_its_reader(here, monkeypatch, tmp_path):
+    """Guards against ~ as the name of a folder, as no shell stands before a chat's commands; and against a chat that goes
+    on and on for `… --chat | head -1`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (50, 40)).save(tmp_path / "mine.png")
+    _, said = converse(monkeypatch, "/image ~/mine.png", "/show ~/shown.png")
+    assert "50 x 40" in said[0] and said[1].startswith("saved") and (tmp_path / "shown.png").is_file()
+    monkeypatch.setattr(Echo, "__call__", lambda *args: (_ for _ in ()).throw(BrokenPipeError()))
+    with pytest.raises(BrokenPipeError):
+        converse(monkeypatch, "What?", "Why?")
+
+
 def test_a_mask_is_not_lost_to_show(here, monkeypatch):
     """Guards against a mask that the marked image is written over, given in the chat or before it."""
     Image.new("L", SIZE, 255).save("mine.png")
