@@ -311,6 +311,9 @@ def main(argv: list[str]) -> None:
     fields = [field.name for field in dataclasses.fields(Recipe)]
     typed = {name: getattr(args, name) for name in fields if hasattr(args, name)}
     recipe = dataclasses.replace(read_recipe(args.recipe), **({"steps": 0} if "epochs" in typed else {}) | typed)
+    for name in ("rank", "alpha", "targets"):
+        if name in typed and recipe.train != "lora":
+            raise ValueError(f"--{name} came with a recipe that trains {recipe.train!r}; expected one that trains 'lora'")
     target = checkpoint.check_target(args.out, adapter=recipe.train == "lora")
     if args.model and resolved(args.model) == str(target):
         raise ValueError(f"--out {args.out} is the model to start from; expected another folder")

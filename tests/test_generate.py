@@ -3,6 +3,7 @@
     python -m pytest tests/test_generate.py
 """
 
+import shutil
 import weakref
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from cases import NEW_TOKENS, VIPLLAVA, fill, load_golden, random_pixels
+import quant
 from chat import IMAGE
 from generate import Memory, Replayed, common, compile_steps, delayed, generate, kept_in
 from test_vipllava import CONFIG, PROMPTS, inputs_of, model_of, small
@@ -357,6 +359,28 @@ def test_compiled_steps_say_the_same(monkeypatch):
     layers = model.config.vision.layers, model.config.text.layers
     assert compiled == ["clip.Block"] * layers[0] + ["llama.Block"] * layers[1] + ["llama.RMSNorm", "torch.nn.modules.linear.Linear"]
     assert len(graphs) < 12  # prompts of two lengths, steps of two
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a compiler for C++")
+@pytest.mark.parametrize("quantize", ["", "int8"])
+def test_compiled_by_inductor_the_same_is_said(quantize):
+    """Guards against what only the compiler's last stage gets wrong, on a CPU: fresh prompts, steps, and a chat's next turn."""
+    torch.compiler.reset()
+    model, pixels = small(2)
+    if quantize:
+        quant.pack(quant.quantize(model, quantize))
+
+    def run() -> list:
+        memory, chat, said = Memory(), PROMPTS[0], []
+        for _ in range(2):
+            said += answers(model, [chat], pixels[:1], max_new_tokens=6, memory=memory)
+            chat = [*chat, *said[-1], 3, 4]
+        return said
+
+    expected = run()
+    compile_steps(model)
+    assert run() == expected
+    torch.compiler.reset()
 
 
 class Recording:

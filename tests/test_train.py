@@ -618,7 +618,8 @@ def test_a_recipe_of_one_s_own(text, words, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--lr", "x"], "invalid float"), (["--data", "cats"], "data 'cats' is neither a file nor drawn here"), (["--model", "/nowhere"], "no model"),
-    (["--batch", "-1"], "batch is -1"), (["--steps", "0"], "scenes never end"), (["--device", "abacus"], "no device"),
+    (["--rank", "4"], "--rank came with a recipe that trains"), (["--batch", "-1"], "batch is -1"),
+    (["--steps", "0"], "scenes never end"), (["--device", "abacus"], "no device"),
     (["--lr", "nan"], "lr is nan"), (["--log-every", "0"], "expected 1 or more"), (["--workers", "-1"], "expected 0 or more"),
     (["--train", "some"], "train is 'some'"), (["--template", "x"], "template is 'x'"), (["--data", ""], "no data"),
     (["--data", "markers=0"], "more than 0"), (["--data", "markers=x"], "a number"),
