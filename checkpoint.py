@@ -65,11 +65,9 @@ def load(
 def sources(path_or_name) -> list[Path]:
     """The folders that `load` reads: the model's own, and an adapter's base's. See `find` for what it raises."""
     folders = [find(path_or_name).resolve()]
-    while what := lora.about(folders[-1]):
-        base = find(what["base"]).resolve()
-        if base in folders:
-            break  # `load` will say so
-        folders.append(base)
+    with contextlib.suppress(FileNotFoundError):  # of a base: `load` will say so
+        while (what := lora.about(folders[-1])) and (base := find(what["base"]).resolve()) not in folders:
+            folders.append(base)
     return folders
 
 
