@@ -192,7 +192,7 @@ def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=(), quantize=
     stored = parts[0].dtype
     dtype = stored if dtype == "stored" else dtype or default_dtype(device, size, stored)
     tensors = {name: x.to(device, dtype) for name, x in fresh.items()}
-    reading = _with_bar((pair for part in parts for pair in part.read(device, dtype, bool(quantize))), len(found) - len(fresh))
+    reading = _with_bar((pair for part in parts for pair in part.read(device, dtype, passing=bool(quantize))), len(found) - len(fresh))
     tensors.update(quant.compress(reading, quantize) if quantize else reading)
     model.load_state_dict({name: tensors[rename(name)] for name in model.state_dict()}, assign=True)
     if dtype.itemsize == 2 and device.type == "cpu":

@@ -29,8 +29,7 @@ from llama import KVCache, sample
 from vipllava import ViPLLaVA, ViPLLaVAConfig, expand, pad
 
 AHEAD = 2  # steps that a GPU is given before the token of the first is read
-ROOM = 256  # a lone prompt's cache has a multiple of so many slots, and twice as many once a chat outgrows it: few shapes
-# are compiled, and few steps recorded anew
+ROOM = 256  # a lone prompt's cache has a multiple of so many slots, and doubles once outgrown: few shapes to compile
 
 
 class Memory:

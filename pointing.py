@@ -7,6 +7,7 @@ Eight flags, one for each kind of marker, and options after a colon. All is in p
 """
 
 import os
+import os
 import re
 
 from PIL import Image
@@ -60,7 +61,7 @@ def parse_marker(flag: str, text: str) -> tuple[list[float] | str, dict]:
     try:
         geometry = [float(number) for number in where.split(",")]
     except ValueError:
-        geometry = where
+        geometry = os.path.expanduser(where)  # no shell stands before a chat, nor does one look behind --mask=
     if isinstance(geometry, str) and (not where.strip() or "mask" not in kind):
         raise ValueError(f"expected {form}, got {short(where)}")
     if isinstance(geometry, list) and len(geometry) not in counts:

@@ -162,7 +162,7 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
             states.save(out, model, optimizer, done, about, habits.keep)  # as long as all were bad there is nothing to keep
         if stop:
             break
-    if first == 0 and done == recipe.steps and not place.most(learned):
+    if first == 0 and not place.most(learned):
         raise ValueError(f"all records were bad, see {journal.list}; nothing has been learned")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=recipe.train == "lora")
     state = get_model_state_dict(model, options=options)  # an adapter has nothing of what is frozen

@@ -48,11 +48,11 @@ def proposed(tokens: Sequence[int]) -> list[int]:
     return []
 
 
-def steps_of(prompt: Sequence[int], answer: Sequence[int]) -> int:
+def steps_of(asked: Sequence[int], answer: Sequence[int]) -> int:
     """Steps after the first token until the whole answer has been said."""
     steps, i = 0, 1
     while i < len(answer):
-        draft, true = proposed([*prompt, *answer[:i]]), answer[i:]
+        draft, true = proposed([*asked, *answer[:i]]), answer[i:]
         i += 1 + next((k for k, pair in enumerate(zip(draft, true)) if pair[0] != pair[1]), min(len(draft), len(true)))
         steps += 1
     return steps

@@ -165,8 +165,9 @@ def test_a_covered_marker_is_gone_and_many_markers_are_there():
 
 def test_an_overlapping_marker_comes_to_lie_on_the_one_asked_about(monkeypatch):
     """Guards against a level that changes nothing, and another that moves the marker which is asked about."""
-    drawn = []
+    drawn, named = [], []
     monkeypatch.setattr(trials, "draw", lambda image, markers: drawn.append(markers) or image)
+    monkeypatch.setattr(trials, "trial", lambda scene, thing, marker, image: named.append(thing))
     for i in range(4):
         levels = []
         for level in (0, 50, 100):
@@ -175,6 +176,7 @@ def test_an_overlapping_marker_comes_to_lie_on_the_one_asked_about(monkeypatch):
             levels.append((asked, np.mean(other.points, axis=0)))
         (asked, start), (_, half), (again, end) = levels
         assert asked == again and np.allclose(half, (start + end) / 2, atol=0.02)  # a marker rounds its points
+        assert np.allclose(end, named[-1].center, atol=1) and not np.allclose(start, end, atol=8)
 
 
 def test_descriptions_are_scored_by_their_facts():

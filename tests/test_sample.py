@@ -590,8 +590,9 @@ def test_a_chat_knows_the_home_folder_and_ends_with_its_reader(here, monkeypatch
     on and on for `… --chat | head -1`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     Image.new("RGB", (50, 40)).save(tmp_path / "mine.png")
-    _, said = converse(monkeypatch, "/image ~/mine.png", "/show ~/shown.png")
-    assert "50 x 40" in said[0] and said[1].startswith("saved") and (tmp_path / "shown.png").is_file()
+    Image.new("L", (50, 40), 255).save(tmp_path / "mask.png")
+    _, said = converse(monkeypatch, "/image ~/mine.png", "/mask ~/mask.png", "/show ~/shown.png")
+    assert "50 x 40" in said[0] and said[1].startswith("{1} is") and said[2].startswith("saved") and (tmp_path / "shown.png").is_file()
     monkeypatch.setattr(Echo, "__call__", lambda *args: (_ for _ in ()).throw(BrokenPipeError()))
     with pytest.raises(BrokenPipeError):
         converse(monkeypatch, "What?", "Why?")
