@@ -7,7 +7,6 @@ Eight flags, one for each kind of marker, and options after a colon. All is in p
 """
 
 import os
-import os
 import re
 
 from PIL import Image
