@@ -22,14 +22,16 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chat import IMAGE
-from llama import KVCache, sample
+from llama import KVCache, Llama, sample
 from vipllava import ViPLLaVA, ViPLLaVAConfig, expand, pad
 
 AHEAD = 2  # steps that a GPU is given before the token of the first is read
-ROOM = 256  # a lone prompt's cache has a multiple of so many slots, and doubles once outgrown: few shapes to compile
+BUCKET = 64  # a lone prompt may be filled up to a multiple of so many tokens, see replayed_prefill,
+ROOM = 256  # and its cache has a multiple of so many slots, and doubles once outgrown: few shapes to compile
 
 
 class Memory:
@@ -54,11 +56,12 @@ class Memory:
         return self.patches
 
     def recall(self, config: ViPLLaVAConfig, row: list[int], slots: int, like: torch.Tensor) -> int:
-        """How many of the row's tokens are in the cache, which has `slots` or more, ready for the token after them."""
+        """How many of the row's tokens are in the cache, which has `slots` and BUCKET more, ready for the token after them."""
+        slots += BUCKET
         known = common([self.ids, row[:-1]])  # the last one's logits are wanted in any case
         if self.cache is None or self.cache.slots.numel() < slots:
             before = 0 if self.cache is None else self.cache.slots.numel()
-            slots = min(max(-(-slots // ROOM) * ROOM, 2 * before), config.text.context)
+            slots = min(max(-(-slots // ROOM) * ROOM, 2 * before), config.text.context + BUCKET)
             start = torch.full((1,), known, device=like.device)
             new = self.cache.continued(known, start, slots) if known else KVCache(config.text, start, slots, kept_in(like))
             self.cache = new
@@ -203,44 +206,76 @@ def _check_request(config, prompts, rows, pixels, max_new_tokens: int) -> bool:
 
 
 def compile_steps(model: ViPLLaVA) -> None:
-    """torch.compile the blocks, each once for all layers; the first call for a shape is slow. On a GPU a decoding step
-    and a look at an image become CUDA graphs, too."""
+    """torch.compile the blocks, each once for all layers; the first call for a shape is slow. On a GPU a look at an image,
+    a lone prompt and a decoding step become CUDA graphs, too."""
     for part in (*model.vision.layers, *model.llama.layers, model.llama.norm, model.llama.lm_head):
         part.forward = torch.compile(part.forward)
     if model.llama.embed_tokens.weight.is_cuda:
-        from torch._inductor import config  # not before it is needed: it takes long
+        model.encode_images = Replayed(model.encode_images)
+        model.llama.prefill, model.llama.decode = replayed_prefill(model.llama), replayed_decode(model.llama)
 
-        step = model.llama.decode
 
-        def decode(ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
-            # For one token the compiler's own kernels, once they are tuned, outrun ready-made products and attention.
-            with config.patch(coordinate_descent_tuning=True), sdpa_kernel(SDPBackend.MATH):
-                return step(ids, cache)
+def replayed_prefill(llama: Llama) -> Callable:
+    """llama.prefill, of which a lone prompt is filled up on the right, so that few shapes are compiled and recorded: what
+    fills it comes last, so nobody looks back at it, and its slots are the next tokens'."""
+    plain, replayed = llama.prefill, Replayed(llama.forward)
 
-        model.llama.decode, model.encode_images = Replayed(decode), Replayed(model.encode_images)
+    def prefill(embeds: torch.Tensor, cache: KVCache, fresh: bool = False) -> torch.Tensor:
+        B, T, C = embeds.size()
+        if B > 1:  # whose cache is a new one each time
+            return plain(embeds, cache, fresh)
+        more = -T % BUCKET
+        hidden = replayed(F.pad(embeds, (0, 0, 0, more)), cache, fresh)
+        cache.length -= more
+        return llama.lm_head(hidden[:, T - 1])
+
+    return prefill
+
+
+def replayed_decode(llama: Llama) -> Callable:
+    """llama.decode by the compiler's own kernels: for one token they outrun ready-made products and attention, once they
+    are tuned, and once what a product reads is computed before it, not by each of its rows anew."""
+    from torch._inductor import config  # not before it is needed: it takes long
+
+    plain = llama.decode
+
+    def decode(ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        with config.patch(coordinate_descent_tuning=True, realize_reads_threshold=1), sdpa_kernel(SDPBackend.MATH):
+            return plain(ids, cache)
+
+    return Replayed(decode)
 
 
 class Replayed:
-    """function(x, *rest) as a CUDA graph: a GPU runs through all its kernels at one command. One by one, Python takes
-    longer to start them than they take.
+    """function(x, cache, *flags) as CUDA graphs: a GPU runs through all kernels of one at a single command. One by one,
+    Python takes longer to start them than they take.
 
-    The first call with another shape of x, or another rest, does what it always does, to compile as well; the second is
-    recorded, and from then on only x's values differ. What rest takes (a cache) is not kept alive for a next call.
+    The first call with a shape of x (and flags) does what it always does, to compile as well; the second is recorded,
+    and from then on only x's values, and those in the cache, differ. Another cache begins anew; it is not kept alive for
+    a next call.
     """
 
     def __init__(self, function: Callable):
-        self.function, self.known, self.graph = function, None, None
+        self.function, self.cache, self.graphs = function, None, {}
 
     def __call__(self, x: torch.Tensor, *rest) -> torch.Tensor:
-        known = x.shape, *map(weakref.ref, rest)
-        if self.known != known:
-            self.known, self.graph = known, None
+        cache, key = [weakref.ref(cache) for cache in rest[:1]], (x.shape, *rest[1:])
+        if self.cache != cache:
+            self.cache, self.graphs = cache, {}
+        if key not in self.graphs:
+            self.graphs[key] = None
             return self.function(x, *rest)
-        if self.graph is None:
-            self.x, graph = x.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.device_of(x), torch.cuda.graph(graph):
-                self.y = self.function(self.x, *rest)
-            self.graph = graph  # now that it is whole
-        self.x.copy_(x)
-        self.graph.replay()
-        return self.y.clone()
+        if self.graphs[key] is None:
+            self.graphs[key] = self._record(x, *rest)
+        graph, kept, y = self.graphs[key]
+        kept.copy_(x)
+        graph.replay()
+        return y.clone()  # as all graphs share their memory
+
+    def _record(self, x: torch.Tensor, *rest) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+        """A graph, what it reads and what it writes."""
+        pool = next((recorded[0].pool() for recorded in self.graphs.values() if recorded), None)
+        graph, kept = torch.cuda.CUDAGraph(), x.clone()
+        with torch.cuda.device_of(x), torch.cuda.graph(graph, pool=pool):
+            y = self.function(kept, *rest)
+        return graph, kept, y

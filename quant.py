@@ -14,14 +14,14 @@ Quantised are the decoder's matrices, its head included; CLIP, the projector, wo
 Which way is the fastest depends on the device and on how many rows x has: one for each new token, all of the prompt's.
 For int8 a CPU that has instructions for it multiplies whole numbers; another one has PyTorch's kernel for few rows, and
 unpacks the weights for many. On a GPU torch.compile joins unpacking and product into one. For int4 both have PyTorch's
-kernels; a CPU's is slow for many rows, for which the weights are unpacked, too.
+kernels; they are slow for many rows, for which the weights are unpacked, too.
 """
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -29,8 +29,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 GROUP = 128  # inputs that share a scale, in 4 bits
-FEW = 32  # rows for which a CPU's kernel is faster than to unpack 8 bits first,
-SOME = 128  # and 4 bits
+FEW = 32  # rows for which a kernel is faster than to unpack 8 bits first, on a GPU 4,
+SOME = 128  # and on a CPU 4
 TARGET = re.compile(r"llama\.(lm_head|layers\.\d+\.(self_attn|mlp)\.\w+_proj)\.(weight|scale|low)")
 
 
@@ -175,7 +175,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("weight", torch.empty(outputs, inputs // 2, dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(outputs, inputs // GROUP))
         self.register_buffer("low", torch.empty(outputs, inputs // GROUP))
-        self.packed, self.kernel, self.block = False, None, 0  # see `pack`
+        self.packed, self.kernel, self.unlayout = False, None, None  # see `pack`
 
     @staticmethod
     def compress(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -199,11 +199,11 @@ class Int4Linear(nn.Module):
         outputs = self.scale.size(0)
         q, device = self.numbers(), self.weight.device.type
         if device == "cpu" and outputs % 64 == 0:
-            self.kernel = torch._weight_int4pack_mm_for_cpu
-            self.weight, self.block = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1), block_of_layout()
+            self.kernel, self.unlayout = torch._weight_int4pack_mm_for_cpu, cpu_layout()
+            self.weight = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1)
         elif device == "cuda" and outputs % 8 == 0:
-            self.kernel = torch._weight_int4pack_mm
-            self.weight = torch._convert_weight_to_int4pack(q[:, 1::2] | q[:, ::2] << 4, 8)
+            self.kernel, self.unlayout = torch._weight_int4pack_mm, gpu_layout(self.weight.device)
+            self.weight = pack_for_gpu(q)
         else:
             return
         self.packed = True
@@ -212,15 +212,15 @@ class Int4Linear(nn.Module):
         self.low = None
 
     def unpacked(self, kind: torch.dtype) -> torch.Tensor:
-        """What a CPU's layout stands for, (in, out)."""
-        q = unlayout(self.weight, self.block).unflatten(0, (-1, GROUP)).to(kind)  # (groups, GROUP, out)
+        """What this device's layout stands for, (in, out)."""
+        q = self.unlayout(self.weight).unflatten(0, (-1, GROUP)).to(kind)  # (groups, GROUP, out)
         scale, middle = self.scale.to(kind)[:, None].unbind(3)  # (groups, 1, out)
         return torch.addcmul(middle - 8 * scale, q, scale).flatten(0, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed:
             rows = rows_of(x)
-            if self.block and len(rows) >= SOME:
+            if self.unlayout and len(rows) >= (SOME if x.device.type == "cpu" else FEW):
                 y = rows.to(product_type(x)) @ self.unpacked(product_type(x))
             else:
                 y = self.kernel(rows.bfloat16(), self.weight, GROUP, self.scale)
@@ -229,18 +229,42 @@ class Int4Linear(nn.Module):
         return F.linear(x, groups.flatten(1).to(x.dtype))
 
 
-def unlayout(packed: torch.Tensor, block: int) -> torch.Tensor:
+# -- how kernels want 4 bits -----------------------------------------------------------------------------------------
+
+
+def from_blocks(packed: torch.Tensor, block: int) -> torch.Tensor:
     """Numbers (in, out) from a CPU's layout: blocks of outputs, whose first half lies in the lower four bits."""
     pairs = packed.view(-1, 2 * packed.size(1), block // 2).transpose(0, 1)  # (in, blocks, block / 2)
     return torch.cat([pairs & 15, pairs >> 4], dim=2).flatten(1)
 
 
+def from_tiles(packed: torch.Tensor) -> torch.Tensor:
+    """Numbers (in, out) from a GPU's layout: tiles of 8 outputs and 128 inputs, as its matrix units take them. Each of 32
+    threads (output, c) has four words of eight numbers (a, h, b), of inputs 32 word + 16 h + 8 b + 2 c + a."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
+    numbers = packed.unflatten(2, (8, 4))[..., None] >> shifts & 15  # (tiles, tiles, output, c, word, number)
+    tiles = numbers.unflatten(5, (2, 2, 2)).permute(1, 4, 6, 7, 3, 5, 0, 2)  # inputs in their order, then outputs
+    return tiles.reshape(128 * packed.size(1), 8 * packed.size(0))
+
+
+def pack_for_gpu(q: torch.Tensor) -> torch.Tensor:
+    """Numbers (out, in) -> (out / 8, in / 128, 32, 4)"""
+    return torch._convert_weight_to_int4pack(q[:, 1::2] | q[:, ::2] << 4, 8)
+
+
 @cache
-def block_of_layout() -> int:
-    """How many outputs a block has; it depends on the CPU. 0: the layout is another one."""
+def cpu_layout() -> Callable | None:
+    """Which of them undoes this CPU's packing; None: it is another one."""
     q = torch.arange(64 * 32).remainder(13).view(64, 32)
     packed = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1)
-    return next((n for n in (64, 32) if torch.equal(unlayout(packed, n), q.T)), 0)
+    known = (partial(from_blocks, block=block) for block in (64, 32))
+    return next((back for back in known if torch.equal(back(packed), q.T)), None)
+
+
+@cache
+def gpu_layout(device: torch.device) -> Callable | None:
+    q = torch.arange(16 * 256, device=device).remainder(13).view(16, 256).to(torch.uint8)
+    return from_tiles if torch.equal(from_tiles(pack_for_gpu(q)), q.T) else None
 
 
 SCHEMES = {"int8": Int8Linear, "int4": Int4Linear}

@@ -315,7 +315,7 @@ def main(argv: list[str]) -> None:
     _, limit = fit(model, tokenizer, opening, args.max_new_tokens)
     memory = Memory()
     if args.compile:
-        warm_up(model, tokenizer, image, opening, memory, max_new_tokens=limit)
+        warm_up(model, tokenizer, image, opening, memory, args.chat, max_new_tokens=limit)
     load = time.perf_counter() - began
 
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens,
@@ -333,13 +333,15 @@ def main(argv: list[str]) -> None:
         print(json.dumps(report(model, tokenizer, args.model, result, load)))
 
 
-def warm_up(model, tokenizer, image: Image.Image, turns: list[Turn], memory: Memory, **sampling) -> None:
+def warm_up(model, tokenizer, image: Image.Image, turns: list[Turn], memory: Memory, chat: bool, **sampling) -> None:
     """Compile the steps. Their first calls are what takes long: make them now, with the shapes to come."""
     compile_steps(model)
+    on_gpu = model.llama.embed_tokens.weight.is_cuda
     try:
-        for _ in range(1 + model.llama.embed_tokens.weight.is_cuda):  # its look is recorded the second time
+        for _ in range(1 + on_gpu):  # where it is recorded the second time
             memory.forget()
-            list(itertools.islice(ask(model, tokenizer, image, [], turns, memory=memory, **sampling), 2))
+            for _ in range(1 + (on_gpu and chat)):  # the same again has the shape of a chat's next question
+                list(itertools.islice(ask(model, tokenizer, image, [], turns, memory=memory, **sampling), 2))
         memory.forget()
     except RuntimeError as error:
         if out_of_memory(error):

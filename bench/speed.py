@@ -140,6 +140,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--precision", nargs="*", choices=("bfloat16", "int8", "int4", "float32"),
                         default=["bfloat16", "int8", "int4", "float32"], help="of ours; theirs have the first and last")  # fmt: skip
     parser.add_argument("--gpt-fast", type=Path, help="a clone of it, to compare decode with, too")
+    parser.add_argument("--alone", action="store_true", help="without transformers")
     parser.add_argument("--compile", action="store_true", help="our steps by torch.compile")
     parser.add_argument("--no-load", dest="load", action="store_false", help="don't time loading")
     parser.add_argument("--device")
@@ -151,7 +152,8 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"{name} is {value}; expected {low} or more")
     if args.gpt_fast:
         check_gpt_fast(args.gpt_fast / "model.py")
-    peers = ["transformers"] * bool(importlib.util.find_spec("transformers")) + ["gpt-fast"] * bool(args.gpt_fast)
+    installed = not args.alone and importlib.util.find_spec("transformers")
+    peers = ["transformers"] * bool(installed) + ["gpt-fast"] * bool(args.gpt_fast)
     said, before = {"limits": {}, "results": {}}, limits(args.device)
     with tempfile.TemporaryDirectory() as folder:
         alone(write_weights, args, f"{folder}/model")

@@ -4,6 +4,7 @@
 """
 
 import shutil
+import types
 import weakref
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ import torch
 from cases import NEW_TOKENS, VIPLLAVA, fill, load_golden, random_pixels
 import quant
 from chat import IMAGE
-from generate import Memory, Replayed, common, compile_steps, delayed, generate, kept_in
+from generate import Memory, Replayed, common, compile_steps, delayed, generate, kept_in, replayed_prefill
 from test_vipllava import CONFIG, PROMPTS, inputs_of, model_of, small
 from vipllava import ViPLLaVA, expand
 
@@ -264,6 +265,7 @@ def test_a_memory_of_other_words_is_used_as_far_as_it_goes(work):
 def test_a_memory_outgrows_its_cache(monkeypatch):
     """Guards against: a chat that ends where its first answer's slots end; keys lost on the move."""
     monkeypatch.setattr("generate.ROOM", 8)
+    monkeypatch.setattr("generate.BUCKET", 0)
     model, pixels = small(3)
     memory, chat, slots = Memory(), [1, IMAGE], []
     for _ in range(6):
@@ -398,30 +400,67 @@ class Recording:
     def replay(self):
         self.y.copy_(self.again(self.x))
 
+    def pool(self) -> str:
+        return "pool"
+
 
 def test_replayed(monkeypatch):
     """Guards against: a recording for another shape or cache that goes on being used; a result that the next call
     overwrites; a first call, in which things are compiled, that is recorded."""
-    calls, ran = [], []
+    calls, ran, pools = [], [], []
 
-    def double(x: torch.Tensor, rest) -> torch.Tensor:
+    def double(x: torch.Tensor, rest, flag="") -> torch.Tensor:
         y = 2 * x
         ran.append(len(x))
         calls.append((lambda x: 2 * x, x, y))
         return y
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Recording(calls))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: pools.append(pool) or graph)
     Rest = type("Rest", (), {})
     replayed, one, other = Replayed(double), Rest(), Rest()
     asked = [([1.0], one), ([2.0], one), ([3.0], one), ([4.0, 5.0], one), ([6.0, 7.0], one), ([8.0], one)]
     asked += [([9.0], other), ([10.0], other), ([11.0], other)]
     rest, results = None, [replayed(torch.tensor(x), rest) for x, rest in asked]
     assert [y.tolist() for y in results] == [[2 * v for v in x] for x, _ in asked]
-    assert ran == [1, 1, 2, 2, 1, 1, 1]  # as it is and recorded; the lone [8] with `one` as it is only
+    assert ran == [1, 1, 2, 2, 1, 1]  # as it is and recorded, each shape, and anew for another cache
+    assert pools == [None, "pool", None]  # of one cache all share their memory
+    replayed(torch.tensor([12.0]), other, "flag")
+    assert len(ran) == 7  # another flag, another shape
     alive = weakref.ref(other)
     del other, asked, rest
     assert alive() is None  # a cache that nobody else has is not held
+
+
+def test_a_prompt_that_is_filled_up_says_the_same(monkeypatch):
+    """Guards against: fillings that are looked at, counted, or written beyond a cache that has no room for them; logits of
+    a filling; a chat that goes on behind them; a plain prompt's recording for one that goes on."""
+    recorded = []
+
+    def record(self, x, *rest):
+        recorded.append(rest[1])
+        kept, y = x.clone(), torch.empty_like(x)
+        return types.SimpleNamespace(replay=lambda: y.copy_(self.function(kept, *rest))), kept, y
+
+    def run() -> list:
+        memory, said = Memory(), []
+        for chat in [PROMPTS[0], [1, IMAGE, 9]] * 3:
+            memory.forget()
+            for more in ((), (3,), (4, 5, 6), (7, 8, 9)):
+                chat = [*chat, *more]
+                said += answers(model, [chat], pixels[:1], max_new_tokens=3, memory=memory)
+                chat += said[-1]
+        said += answers(model, [PROMPTS[0]], pixels[:1], max_new_tokens=1)
+        return said + answers(model, PROMPTS[:1] * 2, pixels[:2], max_new_tokens=3)
+
+    monkeypatch.setattr("generate.BUCKET", 8)
+    monkeypatch.setattr("generate.ROOM", 1)
+    monkeypatch.setattr(Replayed, "_record", record)
+    model, pixels = small(2)
+    expected = run()
+    model.llama.prefill = replayed_prefill(model.llama)
+    assert run() == expected
+    assert set(recorded) == {False, True}
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -141,11 +141,24 @@ def test_a_layout_that_is_not_known_is_left_to_its_kernel():
     layer = layer_of("int4", weight_of(128, 256))
     q = layer.numbers()
     layer.pack()
-    assert layer.block in (32, 64) and torch.equal(quant.unlayout(layer.weight, layer.block), q.T)
+    assert layer.unlayout.func is quant.from_blocks and torch.equal(layer.unlayout(layer.weight), q.T)
     x = torch.randn(200, 256, generator=torch.Generator().manual_seed(1))
     expected = layer(x)
-    layer.block, layer.unpacked = 0, None
+    layer.unlayout = layer.unpacked = None
     torch.testing.assert_close(layer(x), expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+def test_a_gpus_layout_is_undone():
+    """Guards against: numbers of a GPU's tiles in another order than its instructions take them (m16n8k16: a thread holds,
+    of one output, inputs 2c, 2c + 1, 2c + 8, 2c + 9 of 16)."""
+    q = torch.randint(16, (16, 256), generator=torch.Generator().manual_seed(1))
+    packed = torch.zeros(2, 2, 32, 4, dtype=torch.int64)
+    for n in range(16):
+        for k in range(256):
+            pair, odd = k % 32 // 16 * 2 + k % 16 // 8, k % 2
+            packed[n // 8, k // 128, n % 8 * 4 + k % 8 // 2, k % 128 // 32] |= q[n, k] << 4 * (pair + 4 * odd)
+    packed = torch.where(packed < 2**31, packed, packed - 2**32).int()
+    assert torch.equal(quant.from_tiles(packed), q.T)
 
 
 @pytest.mark.parametrize("wide", [False, True])
