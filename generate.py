@@ -250,31 +250,29 @@ class Replayed:
     """function(x, cache, *flags) as CUDA graphs: a GPU runs through all kernels of one at a single command. One by one,
     Python takes longer to start them than they take.
 
-    The first call with a shape of x (and flags) does what it always does, to compile as well; the second is recorded,
-    and from then on only x's values, and those in the cache, differ. Another cache begins anew; it is not kept alive for
-    a next call.
+    The first call with a cache and a shape of x (and flags) does what it always does, to compile as well; the second is
+    recorded, and from then on only x's values, and those in the cache, differ. Recordings go when their cache does.
     """
 
     def __init__(self, function: Callable):
-        self.function, self.cache, self.graphs = function, None, {}
+        self.function, self.recordings = function, weakref.WeakKeyDictionary()
 
     def __call__(self, x: torch.Tensor, *rest) -> torch.Tensor:
-        cache, key = [weakref.ref(cache) for cache in rest[:1]], (x.shape, *rest[1:])
-        if self.cache != cache:
-            self.cache, self.graphs = cache, {}
-        if key not in self.graphs:
-            self.graphs[key] = None
+        known = self.recordings.setdefault(rest[0] if rest else self, {})
+        key = x.shape, *rest[1:]
+        if key not in known:
+            known[key] = None
             return self.function(x, *rest)
-        if self.graphs[key] is None:
-            self.graphs[key] = self._record(x, *rest)
-        graph, kept, y = self.graphs[key]
+        if known[key] is None:
+            pool = next((recorded[0].pool() for recorded in known.values() if recorded), None)
+            known[key] = self._record(pool, x, *rest)
+        graph, kept, y = known[key]
         kept.copy_(x)
         graph.replay()
-        return y.clone()  # as all graphs share their memory
+        return y.clone()  # as the graphs of a cache share their memory
 
-    def _record(self, x: torch.Tensor, *rest) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
-        """A graph, what it reads and what it writes."""
-        pool = next((recorded[0].pool() for recorded in self.graphs.values() if recorded), None)
+    def _record(self, pool, x: torch.Tensor, *rest) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+        """A graph, what it reads and what it writes. pool: the memory that it may use, of other graphs; None: its own."""
         graph, kept = torch.cuda.CUDAGraph(), x.clone()
         with torch.cuda.device_of(x), torch.cuda.graph(graph, pool=pool):
             y = self.function(kept, *rest)

@@ -101,7 +101,7 @@ def race(args: argparse.Namespace, folder: str, sides: list[tuple[str, str]]) ->
         rounds = [[side(what) for side in sides] for _ in range(warm + repeat)]
         for side, values in zip(sides, zip(*rounds)):
             found[side.name][f"{what}s"] = values[warm:]
-            print(f"{side.name}: {what} {str(values[-1]):.60}", file=sys.stderr)
+            print(f"{side.name}: {what}", *(f"{str(value):.45}" for value in values[warm:]), sep="; ", file=sys.stderr)
 
     for side in open_sides:
         side.start()

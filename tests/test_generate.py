@@ -405,8 +405,9 @@ class Recording:
 
 
 def test_replayed(monkeypatch):
-    """Guards against: a recording for another shape or cache that goes on being used; a result that the next call
-    overwrites; a first call, in which things are compiled, that is recorded."""
+    """Guards against: a recording for another shape, flag or cache that is used; one that is lost while another cache is in
+    use, or kept when its own has gone; a result that the next call overwrites; a first call, in which things are
+    compiled, that is recorded."""
     calls, ran, pools = [], [], []
 
     def double(x: torch.Tensor, rest, flag="") -> torch.Tensor:
@@ -420,13 +421,13 @@ def test_replayed(monkeypatch):
     Rest = type("Rest", (), {})
     replayed, one, other = Replayed(double), Rest(), Rest()
     asked = [([1.0], one), ([2.0], one), ([3.0], one), ([4.0, 5.0], one), ([6.0, 7.0], one), ([8.0], one)]
-    asked += [([9.0], other), ([10.0], other), ([11.0], other)]
+    asked += [([9.0], other), ([10.0], other), ([11.0], other), ([12.0], one)]
     rest, results = None, [replayed(torch.tensor(x), rest) for x, rest in asked]
     assert [y.tolist() for y in results] == [[2 * v for v in x] for x, _ in asked]
-    assert ran == [1, 1, 2, 2, 1, 1]  # as it is and recorded, each shape, and anew for another cache
+    assert ran == [1, 1, 2, 2, 1, 1]  # as it is and recorded, of each shape and cache
     assert pools == [None, "pool", None]  # of one cache all share their memory
-    replayed(torch.tensor([12.0]), other, "flag")
-    assert len(ran) == 7  # another flag, another shape
+    replayed(torch.tensor([13.0]), other, "flag")
+    assert len(ran) == 7  # another flag is as another shape
     alive = weakref.ref(other)
     del other, asked, rest
     assert alive() is None  # a cache that nobody else has is not held
@@ -437,10 +438,11 @@ def test_a_prompt_that_is_filled_up_says_the_same(monkeypatch):
     a filling; a chat that goes on behind them; a plain prompt's recording for one that goes on."""
     recorded = []
 
-    def record(self, x, *rest):
+    def record(self, pool, x, *rest):
         recorded.append(rest[1])
         kept, y = x.clone(), torch.empty_like(x)
-        return types.SimpleNamespace(replay=lambda: y.copy_(self.function(kept, *rest))), kept, y
+        replay = lambda: y.copy_(self.function(kept, *rest))  # noqa: E731
+        return types.SimpleNamespace(replay=replay, pool=lambda: None), kept, y
 
     def run() -> list:
         memory, said = Memory(), []
