@@ -71,6 +71,11 @@ def sources(path_or_name) -> list[Path]:
     return folders
 
 
+def stored_dtype(path_or_name) -> torch.dtype:
+    """Of the weights in the files of a model that is not quantised, or of an adapter's base. See `find` for what it raises."""
+    return Part(weight_files(sources(path_or_name)[-1])).dtype
+
+
 def _load(folder: Path, device, dtype, clip, quantize: str, heirs: tuple[Path, ...] = ()) -> tuple[ViPLLaVA, Tokenizer]:
     """heirs: the adapters whose base the folder is."""
     if what := lora.about(folder):
@@ -229,9 +234,9 @@ WRITTEN = re.compile(  # the files of a model
 )
 
 
-def save(model: ViPLLaVA, tokenizer: Tokenizer, folder, shard_bytes: float = 5e9, state: dict | None = None) -> None:
+def save(model: ViPLLaVA, tokenizer: Tokenizer, folder, shard_bytes: float = 5e9, state: dict | None = None, dtype=None) -> None:
     """Write Hugging Face's VipLlava layout; the weights in files of at most `shard_bytes` (or of one tensor). state:
-    the model's, where its own tensors are shares of several processes.
+    the model's, where its own tensors are shares of several processes. dtype: of all weights; None: each one's own.
 
     All is written to a hidden folder beside. Where `folder` is new, that is renamed; else its files are moved over,
     and till the last has come config.json says so: a model is whole, or it doesn't load. A model that `save` wrote is
@@ -241,8 +246,8 @@ def save(model: ViPLLaVA, tokenizer: Tokenizer, folder, shard_bytes: float = 5e9
     if any(getattr(layer, "packed", False) for layer in model.modules()):
         raise ValueError("the weights are laid out for one device; expected a model loaded with ready=False")
     with _beside(folder) as beside:
-        _write_weights(model.config, state or model.state_dict(), beside, shard_bytes)
-        _write_configs(model, tokenizer, beside)
+        _write_weights(model.config, state or model.state_dict(), beside, shard_bytes, dtype)
+        _write_configs(model, tokenizer, beside, dtype or model.llama.embed_tokens.weight.dtype)
 
 
 @contextlib.contextmanager
@@ -292,19 +297,21 @@ def _publish(beside: Path, folder: Path) -> None:
     beside.rmdir()
 
 
-def _write_weights(config: ViPLLaVAConfig, state: dict, folder: Path, shard_bytes: float) -> None:
+def _write_weights(config: ViPLLaVAConfig, state: dict, folder: Path, shard_bytes: float, dtype: torch.dtype | None) -> None:
     shards, size, more = [[]], 0, rows_written(config) - config.text.vocab_size
     for name, p in state.items():
-        if size and size + p.nbytes > shard_bytes:
+        bytes_of = p.numel() * (dtype or p.dtype).itemsize
+        if size and size + bytes_of > shard_bytes:
             shards, size = [*shards, []], 0
         shards[-1].append(name)
-        size += p.nbytes
+        size += bytes_of
     places, total = {}, 0
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        tensors = {hub_name(name): state[name].cpu().contiguous() for name in names}  # on a CPU these are no copies
+        # On a CPU these are no copies, unless their type changes.
+        tensors = {hub_name(name): state[name].to("cpu", dtype or state[name].dtype).contiguous() for name in names}
         for name in [name for name in names if more and name.startswith(("llama.embed_tokens.", "llama.lm_head."))]:
-            x = state[name].cpu()
+            x = tensors[hub_name(name)]
             # A head's mean row is never the likeliest token. (Quantised it is any row: transformers can't read it, we don't.)
             mean = x.float().mean(dim=0, keepdim=True).to(x.dtype)
             tensors[hub_name(name)] = torch.cat([x, mean.expand(more, *x.shape[1:])])
@@ -316,13 +323,13 @@ def _write_weights(config: ViPLLaVAConfig, state: dict, folder: Path, shard_byte
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_configs(model: ViPLLaVA, tokenizer: Tokenizer, folder: Path) -> None:
+def _write_configs(model: ViPLLaVA, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -> None:
     c, S, rows = model.config, model.config.vision.image_size, rows_written(model.config)
     pad = tokenizer.specials.get("<pad>", c.image_token_id + 1)
     tokenizer.save(folder, {"<image>": c.image_token_id, "<pad>": pad})
     ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": pad}
-    dtype = str(model.llama.embed_tokens.weight.dtype).removeprefix("torch.")
-    write_json(folder / "config.json", {**config_json(c, rows), **ends, "torch_dtype": dtype})
+    about = {**config_json(c, rows), **ends, "torch_dtype": str(dtype).removeprefix("torch.")}
+    write_json(folder / "config.json", about)
     ends["eos_token_id"] = sorted(stop_ids(tokenizer, c.template))
     silent = list(range(c.image_token_id, rows))  # transformers shall not sample untrained rows either
     write_json(folder / "generation_config.json", {**ends, "suppress_tokens": silent})

@@ -376,6 +376,7 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
     model, tokenizer = checkpoint.load(args.model, place.device, stored) if args.model else tiny_model(recipe)
     if model.config.quantized:
         raise ValueError(f"{args.model} is {model.config.quantized}; expected 16 or 32 bits a weight")
+    kept = checkpoint.stored_dtype(args.model) if args.model else torch.float32
     if args.clip:
         take_tower(model, args.clip)
     if recipe.template not in ("", "plain"):
@@ -404,7 +405,8 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
         if recipe.train == "lora":
             lora.save(model, args.out, base, state)
         else:
-            checkpoint.save(model, tokenizer, args.out, state=state)
+            # What came in 16 bits goes in 16 bits; states keep all 32 of what is trained.
+            checkpoint.save(model, tokenizer, args.out, state=state, dtype=kept if kept.itemsize == 2 else None)
 
     data = Examples(source, tokenizer, model.config, recipe.template == "plain", recipe.length)
     objective = Objective(model, low, place.world > 1)

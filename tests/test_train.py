@@ -514,6 +514,23 @@ def test_what_is_recomputed_is_compiled(base, tmp_path, monkeypatch):
     assert min(once) > 0 and both == (2 * once[0] + TINIER.text.layers, 2 * once[1])
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_model_has_as_many_bits_as_it_came_with(kind, base, tmp_path, monkeypatch):
+    """Guards against a fine-tuned model that takes twice the disk of the one it came from, or half; trained weights that
+    are not the rounded ones."""
+    model, tokenizer = checkpoint.load(base, "cpu")
+    checkpoint.save(model, tokenizer, tmp_path / "base", dtype=kind, shard_bytes=9e4)
+    assert checkpoint.stored_dtype(tmp_path / "base") == kind
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) == kind.itemsize  # files are filled
+    save, states = checkpoint.save, []
+    monkeypatch.setattr(checkpoint, "save", lambda *given, state, **more: states.append(state) or save(*given, state=state, **more))
+    main(["tiny-markers", "--model", str(tmp_path / "base"), "--steps", "2", "--out", str(tmp_path / "out"), *FLAGS])
+    trained, (state,) = checkpoint.load(tmp_path / "out", "cpu", "stored")[0].state_dict(), states
+    assert {x.dtype for x in trained.values()} == {kind} and {x.dtype for x in state.values()} == {torch.float32}
+    assert all(torch.equal(x, state[name].to(kind)) for name, x in trained.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == str(kind).removeprefix("torch.")
+
+
 @pytest.mark.parametrize("flags, close", [(["--recompute"], 1e-6), (["--precision", "bfloat16"], 0.02),
                                           (["--recompute", "--precision", "bfloat16"], 0.02)])  # fmt: skip
 def test_memory_for_time_and_bits(flags, close, base, tmp_path):
