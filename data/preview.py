@@ -37,14 +37,15 @@ def preview(path: Path, images: Path, n: int, out: Path, tokenizer: Tokenizer, t
     tiles = []
     for k in range(n):
         sample = records[k * len(records) // n]
-        tile, top = Image.new("RGB", (side, 8 * side), "white"), 0
+        runs = pieces(tokenizer, *encode_prompt(sample, tokenizer, template))
+        marked = Image.new("RGB", (side, 0))
         if sample.image is not None:
             marked = ImageOps.contain(draw(sample.image, sample.markers), (side, side))
-            tile.paste(marked, (0, 0))
-            top = marked.height
-        ids, trained = encode_prompt(sample, tokenizer, template)
-        bottom = write_runs(tile, top + 4, pieces(tokenizer, ids, trained))
-        tiles.append(tile.crop((0, 0, side, bottom + 8)))
+        bottom = write_runs(Image.new("RGB", (side, 1)), marked.height + 4, runs)  # only to see where it ends
+        tile = Image.new("RGB", (side, bottom + 8), "white")
+        tile.paste(marked, (0, 0))
+        write_runs(tile, marked.height + 4, runs)
+        tiles.append(tile)
     columns = min(4, n)
     rows = [tiles[i : i + columns] for i in range(0, n, columns)]
     heights = [max(tile.height for tile in row) for row in rows]

@@ -175,8 +175,9 @@ def _row(counts: Sequence[int], chance: int, n: int) -> dict:
 
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m evals.probes", description="What each depth of CLIP knows about markers.")
-    parser.add_argument("--model", default="tiny", help="whose image tower is probed: a name or folder (tiny)")
-    parser.add_argument("--clip", help="instead, a CLIP: a name or folder")
+    whose = parser.add_mutually_exclusive_group()
+    whose.add_argument("--model", default="tiny", help="whose image tower is probed: a name or folder (tiny)")
+    whose.add_argument("--clip", help="instead, a CLIP: a name or folder")
     parser.add_argument("-n", type=int, default=4000, help="scenes to learn from; half as many to test on (4000)")
     parser.add_argument("--seed", type=int, default=0, help="0 or more (0)")
     parser.add_argument("--side", type=int, default=224, help="of a scene, in pixels (224)")

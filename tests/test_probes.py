@@ -106,6 +106,7 @@ def test_the_command_prints_a_row_for_each_question(tmp_path, capsys):
 @pytest.mark.parametrize("flags, words", [
     (["-n", "7"], "n is 7; expected 128 or more"), (["--seed", "-1"], "seed is -1"), (["--clip", "tiny"], "expected clip"),
     (["--model", "nosuch"], "no model 'nosuch'"), (["--side", "x"], "invalid int value"),
+    (["--model", "mine", "--clip", "other"], "not allowed with"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(flags, words, capsys):
     assert run(probes.main, ["--device", "cpu", *flags]) == 2

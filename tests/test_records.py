@@ -337,7 +337,16 @@ def test_a_preview_shows_the_prompt_of_training(images, tiny, monkeypatch):
     monkeypatch.setattr(preview_module, "write_runs", lambda tile, y, runs: shown.append("".join(t for t, _ in runs)) or y)
     for template in ("llava_v1", "plain"):
         preview_module.preview(images / "mix.json", images, 2, images / "sheet.png", tiny, template)
-    assert ["USER" in text for text in shown] == [False, True, False, False]
+    assert ["USER" in text for text in shown[::2]] == [False, True, False, False]  # each is measured first
+
+
+def test_a_preview_shows_the_whole_of_a_long_conversation(images):
+    """Guards against a sheet that ends in the middle of an answer."""
+    long = dict(OFFICIAL["conversations"], conversations=talk("Tell all.", "word " * 9000))
+    (images / "mix.json").write_text(json.dumps([long]))
+    assert run(records.main, ["preview", str(images / "mix.json"), "--images", str(images), "--out", str(images / "long.png")]) == 0
+    page = np.asarray(Image.open(images / "long.png").convert("RGB"))
+    assert len(page) > 5000 and (page[-40:-8] == (0xB5, 0xE8, 0xB5)).all(2).any(1).sum() > 8
 
 
 def test_preview_shows_markers_and_what_is_trained(images):
