@@ -43,7 +43,7 @@ from chat import HUMAN
 from commandline import Parser, at_least, run
 from data import scenes
 from data.batches import SCENES, Examples, Micro, RecordSource, SceneSource, batches, parse_mix, text_sample
-from data.records import Records
+from data.records import BadRecord, Records
 from evals.benchmark import answer
 from evals.scenes import evaluate
 from journal import Journal, plot
@@ -74,6 +74,12 @@ def freeze(model: ViPLLaVA, recipe: Recipe, low: torch.dtype) -> None:
         learns = name.startswith(TRAINED[recipe.train]) or ".lora_" in name
         p.requires_grad_(learns and not name.startswith(idle))
         p.data = p.data.to(torch.float32 if p.requires_grad else low)
+
+
+def compile_blocks(model: ViPLLaVA) -> None:
+    """torch.compile the blocks, each once for all layers."""
+    for block in (*model.vision.layers, *model.llama.layers):
+        block.forward = torch.compile(block.forward)
 
 
 def parameter_groups(model: ViPLLaVA, recipe: Recipe) -> list[dict]:
@@ -204,12 +210,22 @@ def held_out_scenes(model: ViPLLaVA, tokenizer: Tokenizer, recipe: Recipe, n: in
     return {name: round(right / seen, 3) for name, (right, seen) in table.items()}
 
 
-def held_out_records(model: ViPLLaVA, tokenizer: Tokenizer, records: Records, n: int = 256) -> float:
-    """Exact matches, case folded, of the first answers of up to n records with images."""
-    chosen = [k * len(records) // n for k in range(n)] if len(records) > n else range(len(records))
-    chosen, right = [k for k in chosen if records[k].open], 0
-    if not chosen:
-        raise ValueError(f"none of {len(records)} records to measure on has an image; expected some")
+def to_measure_on(records: Records, n: int = 256) -> tuple[list[int], list[BadRecord]]:
+    """Up to n records with images, from all over, and those that are bad: each is read once, while no training is lost."""
+    good, bad = [], []
+    for k in [k * len(records) // n for k in range(n)] if len(records) > n else range(len(records)):
+        try:
+            if (sample := records[k]).open:
+                sample.open()
+                good.append(k)
+        except BadRecord as error:
+            bad.append(error)
+    return good, bad
+
+
+def held_out_records(model: ViPLLaVA, tokenizer: Tokenizer, records: Records, chosen: list[int]) -> float:
+    """Exact matches, case folded, of the first answers of the chosen records."""
+    right = 0
     for first in range(0, len(chosen), 16):
         group = [records[k] for k in chosen[first : first + 16]]  # read again: their images go with them
         for sample, text in zip(group, answer(model, tokenizer, group, 64)):
@@ -383,8 +399,7 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
         model.config = dataclasses.replace(model.config, template=recipe.template)
     freeze(model.to(place.device), recipe, torch.float32 if args.parallel == "fsdp" else low)  # FSDP casts by itself
     if args.compile:
-        for block in (*model.vision.layers, *model.llama.layers):
-            block.forward = torch.compile(block.forward)
+        compile_blocks(model)
     if args.recompute:  # what is compiled: a checkpoint is not looked into
         for block in model.llama.layers:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False,
@@ -397,7 +412,14 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
         measure = functools.partial(held_out_scenes, tokenizer=tokenizer, recipe=recipe)
     elif args.valid:
         records = Records([args.valid], args.images or Path("."))
-        measure = functools.partial(held_out_records, tokenizer=tokenizer, records=records)
+        chosen, bad = to_measure_on(records)
+        if bad and not args.skip_bad:
+            raise bad[0]
+        for error in bad if place.rank == 0 else ():
+            print(f"not measured on: {error}", flush=True)
+        if not chosen:
+            raise ValueError(f"none of the records in {args.valid} to measure on has an image; expected some")
+        measure = functools.partial(held_out_records, tokenizer=tokenizer, records=records, chosen=chosen)
     if measure and args.compile:  # which would compile the blocks anew for answers of any length
         measure = torch.compiler.set_stance("force_eager")(measure)
 

@@ -491,7 +491,26 @@ def test_an_adapter_is_trained_on_ones_own_records(mine, tmp_path):
     assert lora.about(tmp_path / "run")["base"] == "tiny" and not (tmp_path / "run" / "model.safetensors").exists()
     model, tokenizer = checkpoint.load(tmp_path / "run", "cpu", torch.float32)
     data = train.Records([mine / "good.json"], mine)
-    assert train.held_out_records(model, tokenizer, data) == lines[-1]["accuracy"]
+    chosen, bad = train.to_measure_on(data)
+    assert len(chosen) == 10 and not bad
+    assert train.held_out_records(model, tokenizer, data, chosen) == lines[-1]["accuracy"]
+
+
+def test_a_bad_record_to_measure_on_shows_before_the_training(base, mine, tmp_path, capsys):
+    """Guards against hours that end at the first measurement, and against --skip-bad that skips in training only."""
+    records, images = json.loads((mine / "good.json").read_text()), tmp_path / "images"
+    shutil.copytree(mine, images)
+    Image.open(images / "0.png").save(images / "torn.jpg")
+    (images / "torn.jpg").write_bytes((images / "torn.jpg").read_bytes()[:-99])  # its size can still be read
+    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a ring"}]
+    torn = {"id": "torn", "image": "torn.jpg", "conversations": talk}
+    (images / "valid.json").write_text(json.dumps([{**records[0], "image": "none.png"}, torn, *records[2:]]))
+    argv = ["lora", "--model", str(base), "--data", str(mine / "good.json"), "--images", str(images), "--rank", "2", "--epochs", "0.1",
+            *FLAGS, "--valid", str(images / "valid.json"), "--out", str(tmp_path / "run")]  # fmt: skip
+    assert run(main, argv) == 2
+    assert "mine-0: image none.png is not in" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert run(main, [*argv, "--skip-bad"]) == 0
+    assert capsys.readouterr().out.count("not measured on: ") == 2 and log(tmp_path / "run")[-1]["step"] == 1
 
 
 def test_an_adapter_is_all_that_is_gathered(base, tmp_path, monkeypatch):
