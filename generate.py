@@ -251,7 +251,8 @@ class Replayed:
     Python takes longer to start them than they take.
 
     The first call with a cache and a shape of x (and flags) does what it always does, to compile as well; the second is
-    recorded, and from then on only x's values, and those in the cache, differ. Recordings go when their cache does.
+    recorded, and from then on only x's values, and those in the cache, differ. Recordings go when their cache does; those without
+    a cache stay.
     """
 
     def __init__(self, function: Callable):

@@ -197,8 +197,8 @@ class Llama(nn.Module):
         """embeds (B, T, C) -> hidden (B, T, C), normalised and ready for lm_head.
 
         Without a cache the T tokens are the whole text (training; padding, if any, on the right, where causal attention
-        never looks back from). With a cache they follow the tokens in it; `fresh`: there are none, nor is any row padded,
-        so that attention is plainly causal.
+        never looks back from). With a cache they follow the tokens in it; `fresh`: there are none, nor is any row padded
+        on the left, so that attention is plainly causal.
         """
         B, T, C = embeds.size()
         slots = torch.arange(T, device=embeds.device)  # (T,)

@@ -44,13 +44,13 @@ from commandline import Parser, at_least, run
 from data import scenes
 from data.batches import SCENES, Examples, Micro, RecordSource, SceneSource, batches, parse_mix, text_sample
 from data.records import BadRecord, Records
-from evals.benchmark import answer
+from evals.benchmark import answer, prompt
 from evals.scenes import evaluate
 from journal import Journal, plot
 from parallel import Objective, Place, find_place, gradients, lowered, spread
 from recipe import RECIPES, TRAINED, Habits, Recipe, read_recipe, schedule
 from tokenizer import Tokenizer
-from vipllava import ViPLLaVA, ViPLLaVAConfig
+from vipllava import ViPLLaVA, ViPLLaVAConfig, expand
 
 TINY = ViPLLaVAConfig(
     vision=contrast.VISION,
@@ -210,13 +210,19 @@ def held_out_scenes(model: ViPLLaVA, tokenizer: Tokenizer, recipe: Recipe, n: in
     return {name: round(right / seen, 3) for name, (right, seen) in table.items()}
 
 
-def to_measure_on(records: Records, n: int = 256) -> tuple[list[int], list[BadRecord]]:
+ANSWER = 64  # tokens of an answer that is measured, at most
+
+
+def to_measure_on(model: ViPLLaVA, tokenizer: Tokenizer, records: Records, n: int = 256) -> tuple[list[int], list[BadRecord]]:
     """Up to n records with images, from all over, and those that are bad: each is read once, while no training is lost."""
-    good, bad = [], []
+    good, bad, longest = [], [], model.config.text.context - ANSWER
     for k in [k * len(records) // n for k in range(n)] if len(records) > n else range(len(records)):
         try:
             if (sample := records[k]).open:
                 sample.open()
+                length = len(expand(prompt(model, tokenizer, sample), model.config.vision.patches))
+                if length > longest:
+                    raise records.bad(k, f"a question of {length} tokens; expected at most {longest}")
                 good.append(k)
         except BadRecord as error:
             bad.append(error)
@@ -228,7 +234,7 @@ def held_out_records(model: ViPLLaVA, tokenizer: Tokenizer, records: Records, ch
     right = 0
     for first in range(0, len(chosen), 16):
         group = [records[k] for k in chosen[first : first + 16]]  # read again: their images go with them
-        for sample, text in zip(group, answer(model, tokenizer, group, 64)):
+        for sample, text in zip(group, answer(model, tokenizer, group, ANSWER)):
             right += text.strip().lower() == sample.turns[0].answer.strip().lower()
     return round(right / len(chosen), 3)
 
@@ -412,7 +418,7 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
         measure = functools.partial(held_out_scenes, tokenizer=tokenizer, recipe=recipe)
     elif args.valid:
         records = Records([args.valid], args.images or Path("."))
-        chosen, bad = to_measure_on(records)
+        chosen, bad = to_measure_on(model, tokenizer, records)
         if bad and not args.skip_bad:
             raise bad[0]
         for error in bad if place.rank == 0 else ():
@@ -427,8 +433,9 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
         if recipe.train == "lora":
             lora.save(model, args.out, base, state)
         else:
-            # What came in 16 bits goes in 16 bits; states keep all 32 of what is trained.
-            checkpoint.save(model, tokenizer, args.out, state=state, dtype=kept if kept.itemsize == 2 else None)
+            # What came in 16 bits goes in 16, those of training where it has any; states keep 32 of what is trained.
+            wanted = (low if low.itemsize == 2 else kept) if kept.itemsize == 2 else None
+            checkpoint.save(model, tokenizer, args.out, state=state, dtype=wanted)
 
     data = Examples(source, tokenizer, model.config, recipe.template == "plain", recipe.length)
     objective = Objective(model, low, place.world > 1)

@@ -113,7 +113,7 @@ def race(args: argparse.Namespace, folder: str, sides: list[tuple[str, str]]) ->
         print(f"{side.name}: ready after {found[side.name]['warm-up']:.1f} s", file=sys.stderr)
     measure("answer", open_sides)
     measure("look", seeing, warm=2)
-    measure("turn", [side for side in open_sides if side.name.startswith("ours")], warm=1)
+    measure("turn", [side for side in open_sides if side.name.startswith("ours")], warm=2)
     for side in open_sides:
         if side.name.startswith("ours"):
             found[side.name]["read"] = side("read")

@@ -491,7 +491,7 @@ def test_an_adapter_is_trained_on_ones_own_records(mine, tmp_path):
     assert lora.about(tmp_path / "run")["base"] == "tiny" and not (tmp_path / "run" / "model.safetensors").exists()
     model, tokenizer = checkpoint.load(tmp_path / "run", "cpu", torch.float32)
     data = train.Records([mine / "good.json"], mine)
-    chosen, bad = train.to_measure_on(data)
+    chosen, bad = train.to_measure_on(model, tokenizer, data)
     assert len(chosen) == 10 and not bad
     assert train.held_out_records(model, tokenizer, data, chosen) == lines[-1]["accuracy"]
 
@@ -504,13 +504,14 @@ def test_a_bad_record_to_measure_on_shows_before_the_training(base, mine, tmp_pa
     (images / "torn.jpg").write_bytes((images / "torn.jpg").read_bytes()[:-99])  # its size can still be read
     talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a ring"}]
     torn = {"id": "torn", "image": "torn.jpg", "conversations": talk}
-    (images / "valid.json").write_text(json.dumps([{**records[0], "image": "none.png"}, torn, *records[2:]]))
+    long = {**torn, "image": "2.png", "conversations": [{"from": "human", "value": "What? " * 400}, talk[1]]}
+    (images / "valid.json").write_text(json.dumps([{**records[0], "image": "none.png"}, torn, long, *records[3:]]))
     argv = ["lora", "--model", str(base), "--data", str(mine / "good.json"), "--images", str(images), "--rank", "2", "--epochs", "0.1",
             *FLAGS, "--valid", str(images / "valid.json"), "--out", str(tmp_path / "run")]  # fmt: skip
     assert run(main, argv) == 2
     assert "mine-0: image none.png is not in" in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert run(main, [*argv, "--skip-bad"]) == 0
-    assert capsys.readouterr().out.count("not measured on: ") == 2 and log(tmp_path / "run")[-1]["step"] == 1
+    assert capsys.readouterr().out.count("not measured on: ") == 3 and log(tmp_path / "run")[-1]["step"] == 1
 
 
 def test_an_adapter_is_all_that_is_gathered(base, tmp_path, monkeypatch):
@@ -533,8 +534,8 @@ def test_what_is_recomputed_is_compiled(base, tmp_path, monkeypatch):
     assert min(once) > 0 and both == (2 * once[0] + TINIER.text.layers, 2 * once[1])
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_a_model_has_as_many_bits_as_it_came_with(kind, base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind, low", [(torch.float32, "float32"), (torch.bfloat16, "float32"), (torch.float16, "bfloat16")])
+def test_a_model_has_as_many_bits_as_it_came_with(kind, low, base, tmp_path, monkeypatch):
     """Guards against a fine-tuned model that takes twice the disk of the one it came from, or half; trained weights that
     are not the rounded ones."""
     model, tokenizer = checkpoint.load(base, "cpu")
@@ -543,9 +544,11 @@ def test_a_model_has_as_many_bits_as_it_came_with(kind, base, tmp_path, monkeypa
     assert len(list((tmp_path / "base").glob("*.safetensors"))) == kind.itemsize  # files are filled
     save, states = checkpoint.save, []
     monkeypatch.setattr(checkpoint, "save", lambda *given, state, **more: states.append(state) or save(*given, state=state, **more))
-    main(["tiny-markers", "--model", str(tmp_path / "base"), "--steps", "2", "--out", str(tmp_path / "out"), *FLAGS])
+    argv = ["tiny-markers", "--model", str(tmp_path / "base"), "--steps", "2", "--precision", low, *FLAGS]
+    main([*argv, "--out", str(tmp_path / "out")])
+    kind = torch.bfloat16 if low == "bfloat16" else kind  # what was rounded to bfloat16 doesn't say that it is float16
     trained, (state,) = checkpoint.load(tmp_path / "out", "cpu", "stored")[0].state_dict(), states
-    assert {x.dtype for x in trained.values()} == {kind} and {x.dtype for x in state.values()} == {torch.float32}
+    assert {x.dtype for x in trained.values()} == {kind} and torch.float32 in {x.dtype for x in state.values()}
     assert all(torch.equal(x, state[name].to(kind)) for name, x in trained.items())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == str(kind).removeprefix("torch.")
 
