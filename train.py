@@ -424,7 +424,7 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
         for error in bad if place.rank == 0 else ():
             print(f"not measured on: {error}", flush=True)
         if not chosen:
-            raise ValueError(f"none of the records in {args.valid} to measure on has an image; expected some")
+            raise ValueError(f"none of {len(records)} records to measure on has an image; expected some")
         measure = functools.partial(held_out_records, tokenizer=tokenizer, records=records, chosen=chosen)
     if measure and args.compile:  # which would compile the blocks anew for answers of any length
         measure = torch.compiler.set_stance("force_eager")(measure)
