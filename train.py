@@ -339,6 +339,8 @@ def main(argv: list[str]) -> None:
     target = checkpoint.check_target(args.out, adapter=recipe.train == "lora")
     if args.model and resolved(args.model) == str(target):
         raise ValueError(f"--out {args.out} is the model to start from; expected another folder")
+    if any((target / name).is_file() for name in ("config.json", lora.FILE)) and not (target / "log.jsonl").is_file():
+        raise ValueError(f"--out {args.out} holds a model that no training wrote there; expected another folder")
     if recipe.train == "lora" and not args.model:
         raise ValueError("an adapter has no base; expected --model")
     place = find_place(args.device)

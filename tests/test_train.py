@@ -396,6 +396,15 @@ def test_nothing_but_bad_records_is_no_run(base, mine, tmp_path):
         main([*argv[:4], str(mine / "good.json"), *argv[5:-1], str(tmp_path / "other"), "--valid", str(tmp_path / "texts.json")])
 
 
+def test_a_model_that_no_run_wrote_is_not_replaced(base, tmp_path, capsys):
+    """Guards against --out weights/tiny, which would replace the model that ships by one of a few steps."""
+    folder = shutil.copytree(base, tmp_path / "shipped")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert run(main, ["tiny-markers", "--steps", "1", *FLAGS, "--out", str(folder)]) == 2
+    assert "holds a model that no training wrote there" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
 def test_another_tower_does_not_continue_a_run(base, tmp_path, monkeypatch):
     """Guards against a projector that was learned on one image tower, published with another."""
     monkeypatch.setattr(train, "take_tower", lambda model, clip: None)
