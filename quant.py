@@ -263,6 +263,7 @@ def cpu_layout() -> Callable | None:
 
 @cache
 def gpu_layout(device: torch.device) -> Callable | None:
+    """The same for a GPU's packing."""
     q = torch.arange(16 * 256, device=device).remainder(13).view(16, 256).to(torch.uint8)
     return from_tiles if torch.equal(from_tiles(pack_for_gpu(q)), q.T) else None
 
