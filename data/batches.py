@@ -107,7 +107,7 @@ class SceneSource:
         return f"scene {j}"
 
     def bad(self, j: int, reason: str) -> BadRecord:
-        return BadRecord(Path("scenes"), j, self.name(j), reason)
+        return BadRecord(Path("scenes"), f"sample {j}", self.name(j), reason)
 
 
 class RecordSource:
@@ -133,7 +133,7 @@ class RecordSource:
 
     def name(self, j: int) -> str:
         file, k = self.records.place(self.place(j)[1])
-        return f"{file.path.name} line {file.line(k)}"
+        return f"{file.path.name} {file.where(k)}"
 
     def bad(self, j: int, reason: str) -> BadRecord:
         return self.records.bad(self.place(j)[1], reason)

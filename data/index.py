@@ -1,7 +1,7 @@
 """A JSON file as a sequence: record i of millions, read alone, from a file that would not fit into memory.
 
     records = JSONFile("vip-llava_stage2_mix.json")     # an array of objects, or JSON lines: an object a line
-    len(records), records[7], records.line(7)           # the line that it begins on, for a message about it
+    len(records), records[7], records.where(7)          # "line 8", for a message about it
 
 A file is read through once, and where each record begins and ends is kept in a hidden file beside it: 24 bytes a
 record, mapped the next time, which starts at once. The index is made anew when the file's size or time has changed.
@@ -57,6 +57,8 @@ class JSONFile(Sequence):
             if first not in (b"[", b"{"):
                 hint = ", in UTF-8 without a byte order mark" if first == b"\xef" else ""
                 raise ValueError(f"{self.path} begins with {first!r}; expected a JSON array or JSON lines{hint}")
+            if first == b"{" and not file.readline().strip():
+                raise ValueError(f"{self.path} begins with an object over several lines; expected [ and ] around all objects")
             file.seek(0)
             places = np.fromiter(_array(file, self.path) if first == b"[" else _lines(file), dtype=(np.int64, 3))
         table = np.concatenate([np.array([stamp], dtype=np.int64), places.reshape(-1, 3)])
@@ -76,17 +78,24 @@ class JSONFile(Sequence):
         """The number of the line on which record i begins, the first being 1."""
         return int(self._table[1 + range(len(self))[i], 2])
 
+    def where(self, i: int) -> str:
+        """The line, and which record it is, the first being 1, where others begin on the same line."""
+        i = range(len(self))[i]
+        near = [k for k in (i - 1, i + 1) if 0 <= k < len(self)]
+        return f"line {self.line(i)}" + (f", record {i + 1}" if self.line(i) in map(self.line, near) else "")
+
     def __getitem__(self, i: int) -> dict:
-        start, end, line = self._table[1 + range(len(self))[i]].tolist()
+        start, end, _ = self._table[1 + range(len(self))[i]].tolist()
         if self._owner != os.getpid():  # each process reads through a file of its own
             self._file, self._owner = open(self.path, "rb", buffering=0), os.getpid()
         self._file.seek(start)
         try:
             record = json.loads(self._file.read(end - start))
         except ValueError as error:
-            raise ValueError(f"line {line} is not valid JSON: {error}") from None
+            form = "expected an array of objects, or one whole object a line"
+            raise ValueError(f"{self.where(i)} is not valid JSON ({error}); {form}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"line {line} holds a {type(record).__name__}; expected an object")
+            raise ValueError(f"{self.where(i)} holds a {type(record).__name__}; expected an object")
         return record
 
     def __reduce__(self):
@@ -146,4 +155,5 @@ def _array(file, path: Path) -> Iterator[tuple[int, int, int]]:
         elif sign == due:
             at, due = at + 1, {"[": "first", ",": "element"}[sign]
         else:
-            raise ValueError(f"{path}, line {line}: {sign!r}; expected a JSON array of objects")
+            wanted = {"[": "[", "first": "an object or ]", "element": "an object", ",": "a comma or ]", "end": "the file's end"}
+            raise ValueError(f"{path}, line {line}: {sign!r}; expected {wanted[due]} of a JSON array of objects")

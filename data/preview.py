@@ -7,7 +7,7 @@ import itertools
 import re
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
 from chat import IMAGE
 from data.batches import encode_prompt
@@ -27,9 +27,27 @@ def pieces(tokenizer: Tokenizer, ids: list[int], trained: list[bool]) -> list[tu
     return runs
 
 
+TITLE = "a preview of records"
+
+
+def check_sheet(out: Path) -> None:
+    """ValueError: not a name for a sheet, or another file lies there: a photo, perhaps, that only exists once."""
+    if out.suffix.lower() != ".png" or not out.parent.is_dir():
+        raise ValueError(f"can't write a sheet as {out}; expected a name that ends in .png, in a folder that exists")
+    if out.exists():
+        try:
+            with Image.open(out) as image:
+                mine = image.info.get("Title") == TITLE
+        except (OSError, SyntaxError, ValueError):
+            mine = False
+        if not mine:
+            raise ValueError(f"{out} is there already, and is no preview; expected another name")
+
+
 def preview(path: Path, images: Path, n: int, out: Path, tokenizer: Tokenizer, template: str, side: int = 320) -> None:
     """A sheet of n samples from all over a file, or of all: the marked image, and under it the turns, what is trained on
     green."""
+    check_sheet(out)
     records = Records([path], images)
     if n < 1 or not len(records):
         raise ValueError(f"n is {n}, and {path} has {len(records)} records; expected 1 or more")
@@ -53,7 +71,9 @@ def preview(path: Path, images: Path, n: int, out: Path, tokenizer: Tokenizer, t
     for y, row in zip([0, *itertools.accumulate(heights)], rows):
         for column, tile in enumerate(row):
             page.paste(tile, (column * (side + 8), y))
-    page.save(out)
+    about = PngImagePlugin.PngInfo()
+    about.add_text("Title", TITLE)
+    page.save(out, pnginfo=about)
 
 
 def write_runs(tile: Image.Image, y: int, runs: list[tuple[str, bool]]) -> int:

@@ -21,6 +21,7 @@ refcocog, and also where its color has no name; several markers can be told apar
 is never swapped for another. Boxes are x0, y0, x1, y1, polygons x, y, x, y, …, in pixels of the upright image.
 """
 
+import difflib
 import itertools
 import json
 import os
@@ -124,7 +125,23 @@ def _pick(generator: np.random.Generator, forms: Sequence):
 # -- one function a kind of record: (record, folder of images, generator) -> Plan ------------------------------------
 
 
+OURS = ("image", "regions", "markers", "conversations")  # what our own records have; others may say what they like beside
+
+
+def refuse_misspelt(record: dict) -> None:
+    """ValueError: a field that is meant to be one of ours, or a gap that nothing would fill: it would train without."""
+    for key in record:
+        for meant in difflib.get_close_matches(key.lower(), OURS, 1, 0.85):
+            if meant not in record:
+                raise ValueError(f'a field "{key}"; expected "{meant}"')
+    for turn in field(record, "conversations", list) if record.get("image") else ():
+        for gap in re.findall(r"<\s*region\s*\d*\s*>", str(turn.get("value")), re.IGNORECASE):
+            if not re.fullmatch(r"<region\d*>", gap):
+                raise ValueError(f"{gap} in conversations; expected <region{re.sub(r'[^0-9]', '', gap)}>")
+
+
 def _regions(record, images, generator) -> Plan:
+    refuse_misspelt(record)
     groups = []
     for number, given in enumerate(field(record, "regions", list)):
         if not isinstance(given, dict) or not given or given.keys() - {"box", "polygons", "mask"}:
@@ -145,12 +162,14 @@ def _regions(record, images, generator) -> Plan:
 
 
 def _conversations(record, images, generator) -> Plan:
+    refuse_misspelt(record)
     pairs = dialogue(record)
-    meant = [key for key in ("region", "bbox", "bboxes", "segmentations", "markers") if key in record]
+    meant = [key for key in ("bbox", "bboxes", "segmentations", "markers") if key in record]
     if record.get("image"):
         meant += re.findall(r"<(?:region|bbox)\d*>", " ".join(text for pair in pairs for text in pair))
     if meant:  # it would be trained without a marker
-        raise ValueError(f'{meant[0]}, but no "regions", and the id {record.get("id")!r} is of no kind that reads it')
+        official = f', and the id {record["id"]!r} is of no kind that reads it' if "id" in record else ""
+        raise ValueError(f'{meant[0]}, but no "regions"{official}; expected "regions"')
     return Plan([], lambda words: pairs)
 
 

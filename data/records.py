@@ -121,6 +121,10 @@ def annotate(record: dict, images: Path, generator, size: tuple[int, int] | None
         for x0, y0, x1, y1 in filter(None, (region.box, region.bounds)):
             if x0 >= size[0] or y0 >= size[1] or x1 <= 0 or y1 <= 0:
                 raise ValueError(f"a region of {(x0, y0, x1, y1)} lies outside the image, {size[0]} x {size[1]}")
+            if max(-x0, x1 - size[0]) > size[0] or max(-y0, y1 - size[1]) > size[1]:
+                raise ValueError(f"a region of {(x0, y0, x1, y1)} is not of an image of {size[0]} x {size[1]} pixels")
+            if region.bitmap is None and max(x1 - x0, y1 - y0) < 1:  # parts of the image, it seems
+                raise ValueError(f"a region of {(x0, y0, x1, y1)} is smaller than a pixel; expected pixels")
     looks, markers = _mark(plan, generator, size)
     pairs = plan.write([phrase(look) for look in looks])
     turns = tuple(Turn(asked, told, size is not None and i == 0) for i, (asked, told) in enumerate(pairs))
@@ -172,18 +176,18 @@ MALFORMED = (ValueError, TypeError, AttributeError, LookupError, OverflowError, 
 class BadRecord(ValueError):
     """Which record is bad, where it stands, and why."""
 
-    def __init__(self, path: Path, line: int, name: str, reason: str):
-        super().__init__(path, line, name, reason)
-        self.path, self.line, self.id, self.reason = path, line, name, " ".join(reason.split())
+    def __init__(self, path: Path, where: str, name: str, reason: str):
+        super().__init__(path, where, name, reason)
+        self.path, self.where, self.id, self.reason = path, where, name, " ".join(reason.split())
 
     def __str__(self) -> str:
-        return f"{self.path}, line {self.line}, {self.id}: {self.reason}"
+        return f"{self.path}, {self.where}, {self.id}: {self.reason}"
 
 
 def bad_record(file: JSONFile, k: int, record, error: Exception) -> BadRecord:
     name = record.get("id", record.get("question_id", "without id")) if isinstance(record, dict) else "without id"
     reason = str(error) if isinstance(error, ValueError) else f"malformed ({type(error).__name__}: {error})"
-    return BadRecord(file.path, file.line(k), name, reason)
+    return BadRecord(file.path, file.where(k), name, reason)
 
 
 def _read(file: JSONFile, k: int, images: Path, generator: np.random.Generator) -> tuple[dict, Sample]:
@@ -236,8 +240,8 @@ class Records:
 # -- commands --------------------------------------------------------------------------------------------------------
 
 
-def check_range(task: tuple[JSONFile, Path, range]) -> tuple[Counter, list[tuple[int, str, str]]]:
-    """How many records of a range are good, by kind, and (line, id, reason) of the others. Images are not decoded."""
+def check_range(task: tuple[JSONFile, Path, range]) -> tuple[Counter, list[tuple[str, str, str]]]:
+    """How many records of a range are good, by kind, and (where, id, reason) of the others. Images are not decoded."""
     file, images, numbers = task
     good, bad = Counter(), []
     for k in numbers:
@@ -245,7 +249,7 @@ def check_range(task: tuple[JSONFile, Path, range]) -> tuple[Counter, list[tuple
             record, _ = _read(file, k, images, np.random.default_rng([0, 0, k]))
             good[kind_of(record)] += 1
         except BadRecord as error:
-            bad.append((error.line, error.id, error.reason))
+            bad.append((error.where, error.id, error.reason))
     return good, bad
 
 
@@ -258,8 +262,8 @@ def check(path: Path, images: Path, processes: int | None = None) -> int:
         for some, wrong in _with_bar(pool.imap(check_range, tasks), len(tasks)):
             good += some
             bad += len(wrong)
-            for line, name, reason in wrong:
-                print(f"line {line}, {name}: {reason}")
+            for where, name, reason in wrong:
+                print(f"{where}, {name}: {reason}")
     for kind in sorted(good):
         print(f"{kind:15} {good[kind]:>9,} good")
     print(f"{'all':15} {good.total():>9,} good, {bad:,} bad")

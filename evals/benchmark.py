@@ -147,7 +147,7 @@ class Respondent:
         return [self.line(k, one, next(texts) if isinstance(one, Question) else "") for k, one in zip(numbers, asked)]
 
     def line(self, k: int, one: Question | BadRecord, text: str) -> dict:
-        about = one.about if isinstance(one, Question) else {"line": one.line, "error": one.reason}
+        about = one.about if isinstance(one, Question) else {"where": one.where, "error": one.reason}
         key = json.dumps([self.args.model, self.benchmark.name, k, one.id, text])
         return {"question_id": one.id, "text": text, "answer_id": hashlib.sha256(key.encode()).hexdigest()[:22],
                 "model_id": self.args.model, "metadata": {"record": k, **about}}  # fmt: skip
@@ -181,7 +181,7 @@ def ask(benchmark: Benchmark, args, numbers: Sequence[int] | None = None) -> lis
             file.writelines(map(dumps, lines))
     if all("error" in done[k]["metadata"] for k in numbers):
         about = done[numbers[0]]["metadata"]
-        raise ValueError(f"all {len(numbers)} records of {args.data} are bad; line {about['line']}: {about['error']}")
+        raise ValueError(f"all {len(numbers)} records of {args.data} are bad; {about['where']}: {about['error']}")
     return [done[k] for k in numbers]
 
 
@@ -328,7 +328,7 @@ def rows(lines: Sequence[dict], scores: Sequence[float]) -> dict[str, dict]:
     groups = {"all": list(scores)}
     for line, score in zip(lines, scores):
         for tag, value in line["metadata"].items():
-            if tag not in ("record", "truth", "line", "error"):
+            if tag not in ("record", "truth", "where", "error"):
                 groups.setdefault(f"{tag} {value}", []).append(score)
     return {name: row(groups[name]) for name in ["all", *sorted(groups.keys() - {"all"})]}
 
@@ -344,7 +344,7 @@ def report(title: str, args, lines: Sequence[dict], table: dict[str, dict], publ
     bad = {line["metadata"]["record"]: line for line in lines if "error" in line["metadata"]}
     for line in bad.values():
         about = line["metadata"]
-        print(f"{args.data}, line {about['line']}, {line['question_id']}: {about['error']}")
+        print(f"{args.data}, {about['where']}, {line['question_id']}: {about['error']}")
     seconds = time.perf_counter() - args.began
     print(f"{title}, {args.model}: {len(bad)} bad records, {seconds:.0f} s")
     for label, said in table.items():

@@ -65,7 +65,7 @@ def read_questions(path: Path) -> dict[str, str]:
                 raise ValueError(f"question_id {name[3:]} came already; expected each once")
             questions[name] = text
         except ValueError as error:
-            raise ValueError(f"{path}, line {file.line(k)}: {error}") from None
+            raise ValueError(f"{path}, {file.where(k)}: {error}") from None
     return questions
 
 

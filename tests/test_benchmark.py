@@ -337,7 +337,7 @@ def test_numbers_in_words_count_after_the_clean_up(world, tmp_path, monkeypatch)
 def test_rows_go_by_tags():
     """Guards against a breakdown whose parts don't add up, by hand: a bad record is in "all" only."""
     lines = [{"metadata": {"record": k, "truth": "A", "region": region}} for k, region in enumerate(["small", "small", "large"])]
-    lines.append({"metadata": {"record": 3, "line": 9, "error": "no image"}})
+    lines.append({"metadata": {"record": 3, "where": "line 9", "error": "no image"}})
     table = rows(lines, [True, False, True, False])
     assert {name: (said["score"], said["n"]) for name, said in table.items()} == {
         "all": (50, 4), "region large": (100, 1), "region small": (50, 2)}  # fmt: skip

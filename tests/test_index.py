@@ -50,10 +50,19 @@ def test_json_lines(tmp_path):
         file[5]
 
 
+def test_where_a_record_stands(tmp_path):
+    """Guards against a message that names line 1 for every record of a file that has one line."""
+    path = tmp_path / "a.json"
+    path.write_text('[{"a": 1}, {"a": 2},\n{"a": 3},\n\n{"a": 4}, {"a": 5}]')
+    where = list(map(JSONFile(path).where, range(5)))
+    assert where == ["line 1, record 1", "line 1, record 2", "line 2", "line 4, record 4", "line 4, record 5"]
+
+
 @pytest.mark.parametrize("text, words", [
-    ('[{"a": 1},', "ends in its array, on line 1"), ('[{"a": 1}\n{"b": 1}]', "line 2: '{'"), ("[1]", "line 1: '1'"),
+    ('[{"a": 1},', "ends in its array, on line 1"), ('[{"a": 1}\n{"b": 1}]', "line 2: '{'; expected a comma or ]"), ("[1]", "line 1: '1'"),
     ('[{"a": 1}] x', "'x'"), ('[\n\n{"a"]', "line 3: a damaged record"), ("[,]", "','"), ("", "begins with b''"),
-    ("text", "begins with b't'"), ("\ufeff[]", "without a byte order mark"), ('[{"a": 1},]', "']'"),
+    ("text", "begins with b't'"), ("\ufeff[]", "without a byte order mark"), ('[{"a": 1},]', "']'; expected an object of"),
+    ('{\n "a": 1\n}', "begins with an object over several lines; expected .* around"),
 ])  # fmt: skip
 def test_a_damaged_file_is_refused(tmp_path, text, words):
     """Guards against an array of which only the first half is read, in silence."""

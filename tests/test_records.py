@@ -270,6 +270,12 @@ BAD = [
     ("regions", "markers", ["arrow", "cross", "point"], "a marker is {'kind': 'cross'}; expected a kind"),
     ("regions", "markers", [{"kind": "arrow", "color": "red"}] * 3, 'two markers would both be "pointed to by the red arrow"'),
     ("regions", "image", None, "regions, and no image"),
+    ("regions", "regions", [{"box": [0.1, 0.2, 0.5, 0.6]}] * 3, "a region of (0.1, 0.2, 0.5, 0.6) is smaller than a pixel"),
+    ("regions", "regions", [{"box": [20, 30, 9000, 80]}] * 3, "(20.0, 30.0, 9000.0, 80.0) is not of an image of 200 x 140"),
+    ("regions", "conversations", talk("Is <Region0> red?", "x"), "<Region0> in conversations; expected <region0>"),
+    ("regions", "conversations", talk("Is it red?", "<region 1> is"), "<region 1> in conversations; expected <region1>"),
+    ("conversations", "marker", ["arrow"], 'a field "marker"; expected "markers"'),
+    ("conversations", "Regions", [{"box": BOX}], 'a field "Regions"; expected "regions"'),
 ]  # fmt: skip
 
 
@@ -284,7 +290,7 @@ def test_a_bad_record_is_named_with_its_reason(kind, key, value, words, images):
         data[1]
     error = caught.value
     line = (images / "mix.json").read_text().split("\n").index(" },") + 2
-    assert words in error.reason and error.line == line and error.id == bad.get("id", "without id")
+    assert words in error.reason and error.where == f"line {line}" and error.id == bad.get("id", "without id")
     assert str(error).startswith(f"{images / 'mix.json'}, line {line}, ") and "\n" not in str(error)
 
 
@@ -308,10 +314,10 @@ def test_a_damaged_image_is_a_bad_record(images):
     mix = [dict(OFFICIAL["v7w"], image=name) for name in ("text.png", "cut.jpg")]
     (images / "mix.json").write_text(json.dumps(mix))
     data = Records([images / "mix.json"], images)
-    with pytest.raises(BadRecord, match="line 1, v7w-2: .*text.png can't be read as an image"):
+    with pytest.raises(BadRecord, match="line 1, record 1, v7w-2: .*text.png can't be read as an image"):
         data[0]
     sample = data[1]
-    with pytest.raises(BadRecord, match="line 1, v7w-2: .*cut.jpg can't be read as an image"):
+    with pytest.raises(BadRecord, match="line 1, record 2, v7w-2: .*cut.jpg can't be read as an image"):
         sample.image
 
 
@@ -338,6 +344,16 @@ def test_a_preview_shows_the_prompt_of_training(images, tiny, monkeypatch):
     for template in ("llava_v1", "plain"):
         preview_module.preview(images / "mix.json", images, 2, images / "sheet.png", tiny, template)
     assert ["USER" in text for text in shown[::2]] == [False, True, False, False]  # each is measured first
+
+
+def test_a_preview_replaces_previews_only(images, capsys):
+    """Guards against a photo that is lost to a sheet of that name."""
+    (images / "mix.json").write_text(json.dumps([OFFICIAL["refcocog"]]))
+    photo, argv = (images / "a.png").read_bytes(), ["preview", str(images / "mix.json"), "--images", str(images), "--out"]
+    assert run(records.main, [*argv, str(images / "a.png")]) == 2 and "is no preview" in capsys.readouterr().err
+    assert run(records.main, [*argv, str(images / "mix.json")]) == 2 and "ends in .png" in capsys.readouterr().err
+    assert (images / "a.png").read_bytes() == photo
+    assert [run(records.main, [*argv, str(images / "sheet.png")]) for _ in range(2)] == [0, 0]
 
 
 def test_a_preview_shows_the_whole_of_a_long_conversation(images):
