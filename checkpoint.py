@@ -281,6 +281,14 @@ def check_target(folder, adapter: bool = False) -> Path:
     return folder
 
 
+def check_free(folder) -> Path:
+    """The same for a command that makes a model out of another: nothing that is there already is replaced."""
+    folder = check_target(folder)
+    if (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds a model already; expected a folder without one")
+    return folder
+
+
 def _publish(beside: Path, folder: Path) -> None:
     """Put what lies `beside` into `folder`."""
     if not folder.exists():

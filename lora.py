@@ -156,8 +156,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if about(args.adapter) is None:
         raise FileNotFoundError(f"no {FILE} in {args.adapter}")
-    if checkpoint.check_target(args.out) in checkpoint.sources(args.adapter):
-        raise ValueError(f"{args.out} is the adapter itself, or its base; expected another folder")
+    checkpoint.check_free(args.out)
     checkpoint.save(*checkpoint.load(args.adapter, "cpu", "stored"), args.out)
 
 

@@ -114,7 +114,9 @@ def fill_in(question: str | None, markers: list[Marker]) -> str:
     """The question with marker 1's phrase for {1}, and so on; other braces are text. None asks about the first."""
     if question is None and markers:
         question = "What is {1}?"
-    if not (question or "").strip():
+    if question is not None and not question.strip():
+        raise ValueError("the question has no words; expected some, or no question at all, to ask about the first marker")
+    if question is None:
         raise ValueError("there is no question; expected one in quotes, or a marker to ask about, as --arrow 40,60")
     try:
         question.encode()

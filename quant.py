@@ -328,8 +328,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("out", help="the folder to write")
     parser.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of a weight (8)")
     args = parser.parse_args(argv)
-    if checkpoint.check_target(args.out) in checkpoint.sources(args.model):
-        raise ValueError(f"{args.out} is the model itself, or the base of its adapter; expected another folder")
+    checkpoint.check_free(args.out)
     model, tokenizer = checkpoint.load(args.model, "cpu", "stored", quantize=f"int{args.bits}", ready=False)
     checkpoint.save(model, tokenizer, args.out)
 

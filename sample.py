@@ -192,6 +192,10 @@ class Chat:
 
     def command(self, name: str, value: str) -> str:
         """Do it, and say what was done."""
+        if name in ("undo", "new", "help", "quit") and value:
+            raise ValueError(f"/{name} came with {short(value)}; expected nothing after it")
+        if name in ("show", "image") and not value:
+            raise ValueError(f"/{name} came alone; expected /{name} FILE")
         if name in FLAGS:
             self.markers = [*self.markers, place(name, value, self.image)]
             self.masks = [*self.masks, *files_of(name, value)]

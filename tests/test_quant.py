@@ -274,7 +274,10 @@ def test_what_is_refused(base, tmp_path, capsys):
     """Guards against: rounding twice, weights saved in one device's layout, training numbers that can't move."""
     small = str(tmp_path / "small")
     assert run(quant.main, [str(base), small]) == 0
-    assert run(quant.main, [str(base), str(base)]) == 2 and "is the model itself" in capsys.readouterr().err
+    weights = (tmp_path / "small" / "model.safetensors").read_bytes()
+    assert run(quant.main, [str(base), small, "--bits", "4"]) == 2 and "holds a model already" in capsys.readouterr().err
+    assert (tmp_path / "small" / "model.safetensors").read_bytes() == weights
+    assert run(quant.main, [str(base), str(base)]) == 2 and "holds a model already" in capsys.readouterr().err
     with pytest.raises(ValueError, match="'int4' of a model that is int8 already") as error:
         checkpoint.load(small, "cpu", quantize="int4")
     one_line(error)

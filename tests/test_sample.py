@@ -204,8 +204,8 @@ BAD = [  # what follows `python sample.py --image photo.jpg` (400 x 300 pixels),
     ("--image", "expected one argument"),
     # the question
     ("", "there is no question"),
-    ("''", "there is no question"),
-    ("--point 5,5 ' '", "there is no question"),
+    ("''", "the question has no words"),
+    ("--point 5,5 ' '", "the question has no words"),
     ("--point 5,5 --arrow 50,60 'What is {3}?'", "the question mentions marker {3}; expected {1} or {2}"),
     ("--point 5,5 'What is {0}?'", "mentions marker {0}; expected {1}"),
     ("'What is {1}?'", "expected none, as there is no marker"),
@@ -562,7 +562,8 @@ CHAT_BAD = [
     ("/foo", "unknown command /foo; expected a question, a marker (/rectangle"), ("/", "unknown command /;"),
     ("/arrow", "expected x,y (tip)"), ("/arrow 900,900", "nothing of the arrow"), ("/point 5,5:width=3", "unknown option"),
     ("What is {2}?", "mentions marker {2}; expected {1}"), ("/image missing.jpg", "no image file at missing.jpg"),
-    ("/image", "no image file at ."), ("/show", "can't save"), ("/show photo.jpg", "which is an image that was given"),
+    ("/image", "expected /image FILE"), ("/show", "expected /show FILE"), ("/undo 1", "/undo came with '1'; expected nothing"),
+    ("/new house", "expected nothing after it"), ("/quit now", "expected nothing after it"), ("/show photo.jpg", "which is an image that was given"),
     ("/mask narrow.png", "399"),
 ]  # fmt: skip
 
