@@ -145,6 +145,8 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, recipe.beta2), fused=True)
     about = {"recipe": dataclasses.asdict(recipe) | task.files, "base": base}
     first = states.load(out, model, optimizer, about)
+    if first == recipe.steps and place.rank == 0:
+        print(f"all {first} steps of this run are done", flush=True)
     journal = Journal(out, place.rank == 0, first, habits, place, task.flops)
     steps = batches(task.data, recipe.batch, recipe.seed, first, recipe.steps, micro=habits.micro, rank=place.rank,
                     world=place.world, workers=habits.workers, pin=place.device.type == "cuda")  # fmt: skip
@@ -278,9 +280,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--valid", type=Path, help="a file of records to measure exact answers on")
     recipes = {name: read_recipe(name) for name in RECIPES}
     for field in dataclasses.fields(Recipe):
-        values = ", ".join(f"{name} {getattr(recipe, field.name) or '-'}" for name, recipe in recipes.items())
         flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=field.type, default=argparse.SUPPRESS, metavar="…", help=values)
+        parser.add_argument(flag, type=field.type, default=argparse.SUPPRESS, metavar="…", help=values(field, recipes))
     parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="of several processes (ddp)")
@@ -300,6 +301,17 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         number = functools.partial(at_least, low)
         parser.add_argument(f"--{name}", type=number, default=default, help=f"{text} ({default})")
     return parser.parse_args(argv)
+
+
+def values(field: dataclasses.Field, recipes: dict[str, Recipe]) -> str:
+    """A field's value, and what it is in the recipes that have another."""
+    if field.name == "data":
+        return f"files of records, a,b.json, or drawn scenes and their shares, such as markers=3,captions=1: {', '.join(SCENES)}"
+    others = {}
+    for name, recipe in recipes.items():
+        others.setdefault(getattr(recipe, field.name), []).append(name)
+    others.pop(field.default, None)
+    return "; ".join([str(field.default or "-"), *(f"{value}: {', '.join(names)}" for value, names in others.items())])
 
 
 def folder(text: str) -> Path:
@@ -324,7 +336,10 @@ def find_source(recipe: Recipe, images: Path):
     if not images.is_dir():
         raise ValueError(f"no folder {images}; expected the one that images lie in")
     source = RecordSource([Path(name) for name in names], images, recipe.seed)
-    steps = recipe.steps or math.ceil(recipe.epochs * len(source.records) / recipe.batch)
+    seen = recipe.epochs * len(source.records)
+    if not recipe.steps and seen < recipe.batch:  # the step would be filled up with the same records
+        raise ValueError(f"{seen:g} records in all epochs are no batch of {recipe.batch}; expected a smaller --batch, or more")
+    steps = recipe.steps or math.ceil(seen / recipe.batch)
     return source, dataclasses.replace(recipe, steps=steps)
 
 
@@ -354,8 +369,15 @@ def main(argv: list[str]) -> None:
     if place.rank == 0:
         print(f"{recipe}\n{summary(task.objective.model)}", flush=True)
     habits = Habits(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Habits)})
-    with stop_signals() as stopping:
-        train(task, recipe, args.out, base, place, habits, args.parallel, low, stopping)
+    new = not args.out.exists()
+    try:
+        with stop_signals() as stopping:
+            train(task, recipe, args.out, base, place, habits, args.parallel, low, stopping)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if new and place.rank == 0:
+                args.out.rmdir()  # where nothing has been written
+        raise
     if place.world > 1:
         dist.destroy_process_group()
 

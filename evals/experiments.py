@@ -348,8 +348,10 @@ def digest(model: ViPLLaVA) -> str:
 def refuse_another(out: Path, about: dict) -> None:
     """The folder's results must be of these settings. ValueError: they are of others."""
     path = out / "about.json"
-    if path.is_file() and read_json(path) != about:
-        raise ValueError(f"{path} speaks of another model or plan; expected the same flags, or another --out")
+    then = read_json(path) if path.is_file() else about
+    if changed := [f"{key} {then.get(key)}, now {about.get(key)}" for key in {**then, **about} if then.get(key) != about.get(key)]:
+        expected = "expected the same flags, or another --out"
+        raise ValueError(f"{path} speaks of another model or plan ({'; '.join(changed)}); {expected}")
     out.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(about, indent=1) + "\n")
 

@@ -261,11 +261,11 @@ def test_a_command_writes_results_and_refuses_other_flags(small, tmp_path, capsy
     assert "rectangle" in out and "pip install -r requirements-figures.txt" in err
     assert run(main, ["kinds", *command, str(tmp_path / "out"), "--seeds", "2"]) == 0  # more seeds may come later
     assert run(main, ["kinds", *command, str(tmp_path / "out"), "--steps", "5"]) == 2
-    assert "speaks of another model or plan" in capsys.readouterr().err
+    assert "speaks of another model or plan (steps 600, now 5); expected" in capsys.readouterr().err
     torch.nn.init.normal_(small[0].llama.norm.weight)
     checkpoint.save(*small, tmp_path / "model")  # trained anew under its name
     assert run(main, ["kinds", *command, str(tmp_path / "out")]) == 2
-    assert "speaks of another model or plan" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert "speaks of another model or plan (weights " in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags, words", [

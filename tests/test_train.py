@@ -626,8 +626,11 @@ def test_bad_records_stop_or_are_listed(base, mine, tmp_path):
     """Guards against a bad record that is passed over in silence, and one that costs a whole night."""
     argv = ["stage2", "--model", str(base), "--data", str(mine / "bad.json"), "--images", str(mine), "--batch", "4",
             "--log-every", "1", "--length", "300", "--device", "cpu", "--out", str(tmp_path / "run")]  # fmt: skip
-    with pytest.raises(ValueError, match=r"bad\.json, line 1, mine-5: image none\.png is not in"):
+    with pytest.raises(ValueError, match=r"bad\.json, line 1, record 6, mine-5: image none\.png is not in"):
         main(argv)
+    with pytest.raises(ValueError, match="mine-5"):
+        main([*argv[:-1], str(tmp_path / "none"), "--batch", "12"])
+    assert not (tmp_path / "none").exists()  # of no step, nothing is left
     main([*argv, "--skip-bad", "--epochs", "2", "--batch", "1", "--plot"])  # of one step nothing is left, and no loss
     counts = [line.get("bad", 0) for line in log(tmp_path / "run") if "lr" in line]
     assert len(counts) == 24 and counts[-1] == 2 and None in [line["loss"] for line in log(tmp_path / "run") if "lr" in line]
@@ -635,6 +638,22 @@ def test_bad_records_stop_or_are_listed(base, mine, tmp_path):
     assert len(listed) == 1 and "mine-5: image none.png" in listed[0] and (tmp_path / "run" / "loss.png").is_file()
     with pytest.raises(ValueError, match="tokens; expected at most 20"):
         main([*argv[:-1], str(tmp_path / "other"), "--length", "20", "--data", str(mine / "good.json")])
+
+
+def test_a_batch_is_not_filled_up_with_the_same_records(base, mine, tmp_path):
+    """Guards against a handful of records that the paper's batch repeats, unsaid, ten times in its only step."""
+    argv = ["stage2", "--model", str(base), "--data", str(mine / "good.json"), "--images", str(mine), "--device", "cpu"]
+    for flags, count in ((["--epochs", "2"], 24), (["--batch", "13"], 12)):
+        with pytest.raises(ValueError, match=f"{count} records in all epochs are no batch of .*; expected a smaller --batch"):
+            main([*argv, *flags, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_says_what_differs():
+    """Guards against a recipe's value that --help leaves out, or repeats for all that have the default."""
+    batch, lr = (field for name in ("batch", "lr") for field in dataclasses.fields(Recipe) if field.name == name)
+    recipes = {"one": Recipe(batch=32), "two": Recipe(batch=64, lr=0.1), "three": Recipe(batch=64)}
+    assert train.values(batch, recipes) == "32; 64: two, three" and train.values(lr, recipes) == "0.001; 0.1: two"
 
 
 def test_recipes_are_the_paper_s():
