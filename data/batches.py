@@ -59,6 +59,8 @@ DRILLS = {  # easier steps towards those (drills.py), captions that tell texture
     "signs": drills.signs,
     "lettered": drills.lettered,
     "added": drills.added,
+    "vip-math-spelled": drills.summed,
+    "vip-math-steps": functools.partial(drills.summed, steps=True),
     **{f"{kind}-spelled": functools.partial(drills.spelled, kind) for kind in ("v7w", "vcr-choice")},
     **{f"vip-{name}": functools.partial(benchmarks.vip_sample, capability=name) for name in benchmarks.CAPABILITIES},
 }

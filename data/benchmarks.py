@@ -38,6 +38,8 @@ from overlay import draw, phrase
 from overlay import KINDS as MARKERS
 
 CORNERS = {"square": 4, "bar": 4, "hourglass": 6, "bolt": 6, "star": 10, "cross": 12}
+MIRRORS = {"square": 4, "bar": 2, "hourglass": 2, "bolt": 0, "star": 5, "cross": 4, "heart": 1, "moon": 1}
+P_CORNERS = 2 / 3  # where a shape has them: in half of the questions
 
 
 def generator_for(split: str, seed: int, i: int, benchmark: int) -> np.random.Generator:
@@ -160,8 +162,11 @@ def _read_letter(generator, scene, things):
     return bearing(scene, {things[0]: letter}), SIGN.format("letter", "<obj>"), letter
 
 
-def _count_corners(generator, scene, things):
-    return scene, "How many corners does the object <obj> have?", str(CORNERS[things[0].shape])
+def _count_corners_or_mirrors(generator, scene, things):
+    shape = things[0].shape
+    if shape in CORNERS and generator.random() < P_CORNERS:
+        return scene, "How many corners does the object <obj> have?", str(CORNERS[shape])
+    return scene, "How many lines of symmetry does the object <obj> have?", str(MIRRORS[shape])
 
 
 def _add(generator, scene, things):
@@ -191,7 +196,7 @@ def bearing(scene: Scene, signs: dict[Object, str]) -> Scene:
 TASKS = (  # how it is asked, how many things are marked, of which shapes, and the capabilities that it takes
     (_recognise, 1, tuple(scenes.SHAPES), ("rec",)),
     (_read_letter, 1, LETTERED, ("ocr",)),
-    (_count_corners, 1, tuple(CORNERS), ("rec", "know")),
+    (_count_corners_or_mirrors, 1, tuple(MIRRORS), ("rec", "know")),
     (_add, 2, LETTERED, ("ocr", "math")),
     (_relate, 2, tuple(scenes.SHAPES), ("rec", "rel")),
     (_tell, 1, tuple(scenes.SHAPES), ("rec", "lang")),
@@ -226,13 +231,18 @@ def vip_bench(folder: Path, n: int, split: str, seed: int, side: int) -> None:
 
 
 def vip_sample(generator: np.random.Generator, size: tuple[int, int], capability: str | None = None) -> Sample:
-    """One for training, with markers of all kinds; of several right answers the first. capability: the one it is there
-    for; None: any."""
+    """One for training."""
+    scene, _, markers, question, answer = vip_question(generator, size, capability)
+    return Sample(partial(render, scene), markers, (Turn(question, answer, image=True),))
+
+
+def vip_question(generator: np.random.Generator, size: tuple[int, int], capability: str | None = None):
+    """A scene, the things that are marked in it, their markers, of all kinds, a question, and of several right answers
+    the first. capability: the one it is there for; None: any."""
     task = CAPABILITIES.index(capability) if capability else int(generator.integers(len(TASKS)))
-    scene, _, marked, question, truth = _vip_item(generator, task, size[0], {"any": MARKERS})
+    scene, things, marked, question, truth = _vip_item(generator, task, size[0], {"any": MARKERS})
     answer = truth.split("<OR>")[0].replace("<AND>", ", ")
-    turn = Turn(_fill_in(question, marked["any"]), answer, image=True)
-    return Sample(partial(render, scene), marked["any"], (turn,))
+    return scene, things, marked["any"], _fill_in(question, marked["any"]), answer
 
 
 def _fill_in(question, markers):

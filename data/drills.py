@@ -10,6 +10,8 @@
 | signs      | of a lone thing, large or small: which letter or number is on it                  | vip-ocr, vip-math    |
 | lettered   | of several things with letters and numbers: which is on each marked one           | vip-ocr              |
 | added      | which numbers are on two marked things, and their sum, asked before or after      | vip-math             |
+| …-spelled  | vip-math's sum, and in one answer each number before it                           | vip-math             |
+| …-steps    | the same, one question after the other                                            | vip-math             |
 
 Each is a function of a generator and a size in pixels, as in questions.py; train.py's mixes know them by these names.
 """
@@ -92,6 +94,22 @@ def added(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
     asked = [(SIGN.format("number", word), str(digit)) for word, digit in zip(words, digits)]
     asked.insert(2 * int(generator.integers(2)), (SUM.format(*words), str(sum(digits))))
     return _dialogue(benchmarks.bearing(scene, dict(zip(things, map(str, digits)))), markers, asked)
+
+
+SPELL_SUM = "Say each number first, then their sum."
+
+
+def summed(generator: np.random.Generator, size: tuple[int, int], steps: bool = False) -> Sample:
+    """ViP-Bench's sum, before which each number is said: "within the red rectangle 3, at the point 4: 7". steps: each is
+    asked for by a question of its own."""
+    scene, things, markers, question, total = benchmarks.vip_question(generator, size, "math")
+    signs = {thing.box: thing.text for thing in scene.objects}
+    told = [(phrase(marker), signs[thing.box]) for thing, marker in zip(things, markers)]
+    if steps:
+        asked = [(SIGN.format("number", words), number) for words, number in told]
+        return _dialogue(scene, markers, [*asked, (question, total)])
+    numbers = ", ".join(f"{words} {number}" for words, number in told)
+    return _dialogue(scene, markers, [(f"{question} {SPELL_SUM}", f"{numbers}: {total}")])
 
 
 def _marked(generator: np.random.Generator, size: tuple[int, int], count: int, total: int | None = None, **options):

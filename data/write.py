@@ -128,7 +128,7 @@ def rich_scene() -> Scene:
                make_object("square", "blue", "large", (92, 350), 66, -0.1),
                make_object("star", "purple", "small", (236, 372), 52, -0.2),
                make_object("bar", "orange", "large", (362, 330), 68, 0.2))
-    dress = ({"text": "K"}, {"text": "4"}, {"texture": "striped"}, {"text": "3"}, {}, {"texture": "dotted"})
+    dress = ({"text": "T"}, {"text": "8"}, {"texture": "striped"}, {"text": "2"}, {}, {"texture": "dotted"})
     objects = tuple(replace(thing, **more) for thing, more in zip(objects, dress))
     return Scene((448, 448), objects, GRAY)
 

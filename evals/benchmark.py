@@ -62,9 +62,10 @@ def template_of(model: ViPLLaVA, sample: Sample) -> str:
     return "plain" if sample.is_caption else model.config.template
 
 
-def prompt(model: ViPLLaVA, tokenizer: Tokenizer, sample: Sample) -> list[int]:
-    """The ids of a sample's first question."""
-    return encode_chat(tokenizer, template_of(model, sample), [replace(sample.turns[0], answer=None)])[0]
+def prompt(model: ViPLLaVA, tokenizer: Tokenizer, sample: Sample, said: Sequence[str] = ()) -> list[int]:
+    """The ids of a sample's first question, or, after those that were answered so, of the next."""
+    turns = [replace(turn, answer=text) for turn, text in zip(sample.turns, [*said, None])]
+    return encode_chat(tokenizer, template_of(model, sample), turns)[0]
 
 
 def look(model: ViPLLaVA, sample: Sample, mode="pad") -> torch.Tensor:
@@ -72,13 +73,15 @@ def look(model: ViPLLaVA, sample: Sample, mode="pad") -> torch.Tensor:
     return preprocess(draw(sample.image, sample.markers), model.config.vision.image_size, mode)
 
 
-def answer(model: ViPLLaVA, tokenizer: Tokenizer, samples: Sequence[Sample], max_new_tokens: int, pixels=None):
-    """The greedy answer to each sample's first question, a list of texts. pixels: of each sample, if not as `look`."""
+def answer(model: ViPLLaVA, tokenizer: Tokenizer, samples: Sequence[Sample], max_new_tokens: int, pixels=None, said=None):
+    """The greedy answer to each sample's first question, a list of texts. pixels: of each sample, if not as `look`. said:
+    of each, the answers to its first questions; the next is asked."""
+    said = said or [()] * len(samples)
     pixels, texts = pixels or [look(model, sample) for sample in samples], [""] * len(samples)
     templates = [template_of(model, sample) for sample in samples]
     for template in sorted(set(templates)):  # which decides what an answer ends with
         group = [i for i, one in enumerate(templates) if one == template]
-        prompts = [prompt(model, tokenizer, samples[i]) for i in group]
+        prompts = [prompt(model, tokenizer, samples[i], said[i]) for i in group]
         found = complete(model, tokenizer, template, prompts, torch.stack([pixels[i] for i in group]), max_new_tokens)
         for i, text in zip(group, found):
             texts[i] = text

@@ -24,12 +24,14 @@ from overlay import KINDS
 
 LEFT_OUT = ("texts", "markers", "bold-markers", "bold-marked", "vip-bench")  # ViP-Bench is there in its parts
 MEASURED = [name for name in DRILLS if name.startswith("vip-") or name.endswith("-spelled") or name == "signs"]
+STEPS = "-steps"  # of a task that ends so all questions are asked, each after the model's own answers; the last counts
 TASKS = [name for name in SCENES if name not in LEFT_OUT and (name not in DRILLS or name in MEASURED)]
 
 
 def evaluate(model, tokenizer, n: int, *, source="markers", split="test", seed=0, side=224, unmarked=False, batch=50):
     """Exact matches on scenes 0 … n - 1: name -> (right, seen). source: "markers" is one question about one marker, and
-    names are the kinds of marker; of another of SCENES the first question is asked, and its name stands alone. And "all"."""
+    names are the kinds of marker; of another of SCENES the first question is asked, and its name stands alone (of one that
+    ends in STEPS, all in turn). And "all"."""
     right, seen, size = Counter(), Counter(), (side, side)
     for first in range(0, n, batch):
         group = range(first, min(first + batch, n))
@@ -38,9 +40,13 @@ def evaluate(model, tokenizer, n: int, *, source="markers", split="test", seed=0
         if unmarked:
             samples = [replace(sample, markers=()) for sample in samples]
         limit = 20 if source == "markers" else 100  # tokens
-        for name, sample, text in zip(names, samples, answer(model, tokenizer, samples, limit)):
+        said = [[] for _ in samples]
+        for _ in samples[0].turns if source.endswith(STEPS) else (0,):
+            for texts, text in zip(said, answer(model, tokenizer, samples, limit, said=said)):
+                texts.append(text)
+        for name, sample, texts in zip(names, samples, said):
             seen[name] += 1
-            right[name] += text == sample.turns[0].answer
+            right[name] += texts[-1] == sample.turns[len(texts) - 1].answer
     return {name: (right[name], seen[name]) for name in seen} | {"all": (right.total(), seen.total())}
 
 
@@ -51,7 +57,8 @@ def sample_of(name: str, generator, size: tuple[int, int]) -> Sample:
 
 def commonest(task: str, n: int, split="test", seed=0, side=224) -> float:
     """What always giving the commonest answer would score."""
-    answers = Counter(sample_of(task, scenes.generator_for(split, seed, i), (side, side)).turns[0].answer for i in range(n))
+    k = -1 if task.endswith(STEPS) else 0
+    answers = Counter(sample_of(task, scenes.generator_for(split, seed, i), (side, side)).turns[k].answer for i in range(n))
     return max(answers.values()) / n
 
 

@@ -1,5 +1,6 @@
 """The small world's benchmarks: truths worked out again from pixels and from what the records say."""
 
+import collections
 import json
 
 import numpy as np
@@ -122,10 +123,10 @@ def test_vip_bench_is_trained_as_it_is_asked():
             assert turn.answer in scenes.LETTERS
         if "sum" in turn.question:
             assert 2 <= int(turn.answer) <= 18 and len(sample.markers) == 2
-    assert len(seen) == 5
+    assert len(seen) == 6
 
 
-@pytest.mark.parametrize("capability, words", [("rec", "What is"), ("ocr", "letter"), ("know", "corners"), ("math", "sum"),
+@pytest.mark.parametrize("capability, words", [("rec", "What is"), ("ocr", "letter"), ("know", "How many"), ("math", "sum"),
                                                ("rel", "related"), ("lang", "Describe")])  # fmt: skip
 def test_one_capability_alone(capability, words):
     """Guards against a capability that asks another one's questions, and descriptions in an order that nobody knows."""
@@ -137,6 +138,37 @@ def test_one_capability_alone(capability, words):
             marked, *others = sample.turns[0].answer.split(", ")
             assert [look for look in map(scenes.look_of, scenes.reading_order(scene)) if look != marked] == \
                    [look for look in others if look != marked]
+
+
+def test_corners_and_lines_of_symmetry_are_those_of_the_shapes():
+    """Guards against knowledge that is none: a shape is turned over along every line through its middle, and compared."""
+    grid = np.stack(np.meshgrid(*[np.linspace(-1.1, 1.1, 90)] * 2), -1).reshape(-1, 2)
+
+    def inside(polygon, points):
+        a, b = polygon, np.roll(polygon, -1, 0)
+        crosses = (a[:, 1] > points[:, None, 1]) != (b[:, 1] > points[:, None, 1])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            x = (b[:, 0] - a[:, 0]) * (points[:, None, 1] - a[:, 1]) / (b[:, 1] - a[:, 1]) + a[:, 0]
+        return (crosses & (points[:, None, 0] < x)).sum(1) % 2 == 1
+
+    for shape, lines in benchmarks.MIRRORS.items():
+        polygon = scenes.SHAPES[shape]
+        full = inside(polygon, grid)
+        middle, same = grid[full].mean(0), []
+        for angle in np.radians(np.arange(180)):
+            turned = (grid - middle) @ [[np.cos(2 * angle), np.sin(2 * angle)], [np.sin(2 * angle), -np.cos(2 * angle)]] + middle
+            mirrored = inside(polygon, turned)
+            same.append((mirrored & full).sum() / (mirrored | full).sum())
+        peaks = [k for k in range(180) if same[k] > 0.93 and same[k - 1] <= same[k] > same[(k + 1) % 180]]
+        assert len(peaks) == lines, (shape, peaks)
+    asked = collections.Counter()
+    for i in range(200):
+        sample = SCENES["vip-know"](scenes.generator_for("train", 0, i), (64, 64))
+        (scene,), (turn,) = sample.open.args, sample.turns
+        truths = benchmarks.CORNERS if "corners" in turn.question else benchmarks.MIRRORS
+        assert turn.answer in {str(truths[thing.shape]) for thing in scene.objects if thing.shape in truths}
+        asked[turn.question.split(" does")[0]] += 1
+    assert 70 < asked["How many corners"] < 130 and asked.keys() == {"How many corners", "How many lines of symmetry"}
 
 
 def test_vip_bench_has_six_capabilities_and_two_splits(world):

@@ -201,3 +201,26 @@ def test_a_sum_is_that_of_the_numbers_that_are_drawn():
             assert list(borne.values()) == numbers
         places[place] += 1
     assert set(places) == {0, 2}
+
+
+def test_a_sum_in_steps_says_which_number_is_where():
+    """Guards against numbers the wrong way round, and against another sum than the benchmark's."""
+    seen = 0
+    for i in range(60):
+        sample = drills.summed(scenes.generator_for("val", 0, i), (112, 112))
+        plain = benchmarks.vip_sample(scenes.generator_for("val", 0, i), (112, 112), "math")
+        (turn,), (asked,), (scene,) = sample.turns, plain.turns, sample.open.args
+        assert turn.question == f"{asked.question} {drills.SPELL_SUM}" and sample.markers == plain.markers
+        told, total = turn.answer.split(": ")
+        numbers = [part.removeprefix(f"{phrase(marker)} ") for part, marker in zip(told.split(", "), sample.markers)]
+        assert total == asked.answer == str(sum(map(int, numbers)))
+        *one_by_one, last = drills.summed(scenes.generator_for("val", 0, i), (112, 112), steps=True).turns
+        assert [step.answer for step in one_by_one] == numbers and (last.question, last.answer) == (asked.question, total)
+        assert all(phrase(marker) in step.question for marker, step in zip(sample.markers, one_by_one))
+        for number, marker in zip(numbers, sample.markers):
+            if marker.kind in ("rectangle", "mask", "mask contour"):  # whose middle is the thing's
+                points = np.reshape(marker.points or marker.mask.polygons[0], (-1, 2))
+                middle = (points.min(0) + points.max(0)) / 2
+                assert min(scene.objects, key=lambda thing: np.hypot(*(middle - thing.center))).text == number
+                seen += 1
+    assert seen > 20

@@ -14,7 +14,7 @@ from overlay import KINDS
 def test_exact_answers_are_counted_by_kind(monkeypatch):
     """Guards against an accuracy that counts near misses, or mixes up the kinds of marker."""
 
-    def right_about_arrows(model, tokenizer, samples, max_new_tokens):
+    def right_about_arrows(model, tokenizer, samples, max_new_tokens, said):
         return [s.turns[0].answer if s.markers[0].kind == "arrow" else s.turns[0].answer + "s" for s in samples]
 
     monkeypatch.setattr(scenes_eval, "answer", right_about_arrows)
@@ -27,8 +27,9 @@ def test_every_task_of_training_is_asked_and_counted(monkeypatch, capsys):
     """Guards against a task that is left out, and against the commonest answer of other questions."""
     asked = []
 
-    def one_letter(model, tokenizer, samples, max_new_tokens):
-        asked.extend(sample.turns[0] for sample in samples)
+    def one_letter(model, tokenizer, samples, max_new_tokens, said):
+        turns = [sample.turns[len(texts)] for sample, texts in zip(samples, said)]
+        asked.extend(turn for turn in turns if "sum" in turn.question or not said[0] and "What number" not in turn.question)
         return ["A"] * len(samples)
 
     monkeypatch.setattr(scenes_eval, "answer", one_letter)
@@ -36,7 +37,7 @@ def test_every_task_of_training_is_asked_and_counted(monkeypatch, capsys):
     assert run(scenes_eval.main, ["--tasks", "-n", "20", "--side", "64", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(scenes_eval.TASKS) and len(asked) == 20 * len(lines)
-    drilled = {"signs", "v7w-spelled", "vcr-choice-spelled", *(f"vip-{name}" for name in benchmarks.CAPABILITIES)}
+    drilled = {"signs", "v7w-spelled", "vcr-choice-spelled", "vip-math-spelled", "vip-math-steps", *(f"vip-{name}" for name in benchmarks.CAPABILITIES)}
     assert {"captions", "marked", *benchmarks.KINDS, "vcr-choice", *drilled} == set(scenes_eval.TASKS)
     for k, line in enumerate(lines):
         answers = Counter(turn.answer for turn in asked[20 * k : 20 * k + 20])
@@ -44,10 +45,25 @@ def test_every_task_of_training_is_asked_and_counted(monkeypatch, capsys):
     assert "v7w" in lines[2] and int(lines[2].split("(")[1].split()[0]) > 0
 
 
+def test_steps_are_asked_after_the_model_s_own_answers(monkeypatch):
+    """Guards against steps that are told the truth, and against counting another answer than the last."""
+
+    def off_by_one(model, tokenizer, samples, max_new_tokens, said):  # in the numbers, not in their sum
+        turns = [sample.turns[len(texts)] for sample, texts in zip(samples, said)]
+        assert all(["sum" in turn.question for turn in turns]) == (len(said[0]) == 2)
+        for sample, texts in zip(samples, said):
+            assert texts == [f"{turn.answer}?" for turn in sample.turns[: len(texts)]]
+        return [turn.answer if len(said[0]) == 2 else f"{turn.answer}?" for turn in turns]
+
+    monkeypatch.setattr(scenes_eval, "answer", off_by_one)
+    assert evaluate(None, None, 9, source="vip-math-steps", side=64)["all"] == (9, 9)
+    assert 0.05 < scenes_eval.commonest("vip-math-steps", 100, side=64) < 0.3  # of sums, not of numbers
+
+
 def test_unmarked_asks_the_same_without_markers(monkeypatch):
     """Guards against a baseline without markers that still sees them, or that is asked something else."""
     seen = []
-    monkeypatch.setattr(scenes_eval, "answer", lambda m, t, samples, limit: seen.extend(samples) or [""] * len(samples))
+    monkeypatch.setattr(scenes_eval, "answer", lambda m, t, samples, limit, said: seen.extend(samples) or [""] * len(samples))
     evaluate(None, None, 8, side=64)
     evaluate(None, None, 8, side=64, unmarked=True)
     assert all(len(s.markers) == 1 for s in seen[:8]) and all(s.markers == () for s in seen[8:])
