@@ -17,6 +17,7 @@ unpacks the weights for many. On a GPU torch.compile joins unpacking and product
 kernels; they are slow for many rows, for which the weights are unpacked, too.
 """
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -34,15 +35,27 @@ SOME = 128  # and on a CPU 4
 TARGET = re.compile(r"llama\.(lm_head|layers\.\d+\.(self_attn|mlp)\.\w+_proj)\.(weight|scale|low)")
 
 
-# Types for which this CPU has no instructions: float32 is faster, once there are many rows. Few CPUs have any for float16.
-WIDE = {torch.float16}
+def is_intel() -> bool:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return "GenuineIntel" in file.read(1000)
+    except OSError:  # no Linux
+        return False
+
+
+# Rows of a product from which float32 is faster on this CPU than a type's own instructions, if it has any: few have for
+# float16, and Intel's for bfloat16, without AMX, multiply no faster than float32's, so that converting pays soon.
+WIDE = {torch.float16: FEW}
 if torch.backends.cpu.get_cpu_capability() == "AVX2" or not torch.cpu._is_avx512_bf16_supported():
-    WIDE.add(torch.bfloat16)
+    WIDE[torch.bfloat16] = FEW
+elif is_intel() and not torch.cpu._is_amx_tile_supported():
+    WIDE[torch.bfloat16] = 256
 
 
 def product_type(x: torch.Tensor) -> torch.dtype:
-    """In which a product of many rows is fastest."""
-    return torch.float32 if x.dtype in WIDE and x.device.type == "cpu" else x.dtype
+    """In which a product of the rows of x is fastest."""
+    rows = x.numel() // x.size(-1)
+    return torch.float32 if x.device.type == "cpu" and rows >= WIDE.get(x.dtype, math.inf) else x.dtype
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -51,15 +64,15 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 class HalfLinear(nn.Linear):
-    """A linear layer of 16 bits on a CPU: for one row by PyTorch's own kernel, and for many in float32, where there are
-    no instructions for its type."""
+    """A linear layer of 16 bits on a CPU: for one row by PyTorch's own kernel, and for many in float32, where that is
+    faster."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         count = x.numel() // x.size(-1)
         if count == 1:
             product = opaque_row_product if torch.compiler.is_compiling() else row_product
             return product(x, self.weight, self.bias)
-        kind = product_type(x) if count >= FEW else x.dtype
+        kind = product_type(x)
         bias = None if self.bias is None else self.bias.to(kind)
         return F.linear(x.to(kind), self.weight.to(kind), bias).to(x.dtype)
 

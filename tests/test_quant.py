@@ -161,11 +161,11 @@ def test_a_gpus_layout_is_undone():
     assert torch.equal(quant.from_tiles(packed), q.T)
 
 
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("wide", [None, 2, 32])
 @pytest.mark.parametrize("bias", [False, True])
 def test_sixteen_bits_may_be_multiplied_in_thirty_two(wide, bias, monkeypatch):
     """Guards against: a type that leaks out; on a CPU without bfloat16 the sum over inputs is exact in float32."""
-    monkeypatch.setattr(quant, "WIDE", {torch.bfloat16} if wide else set())
+    monkeypatch.setattr(quant, "WIDE", {torch.bfloat16: wide} if wide else {})
     layer = torch.nn.Linear(64, 48, bias=bias, dtype=torch.bfloat16)
     model = torch.nn.Sequential(layer)
     quant.widen(model)
@@ -179,15 +179,16 @@ def test_sixteen_bits_may_be_multiplied_in_thirty_two(wide, bias, monkeypatch):
     monkeypatch.setattr(F, "linear", lambda x, w, bias: seen.append((x.dtype, w.dtype, torch.backends.mkldnn.enabled)) or x)
     for rows in (1, 2, 100):
         layer(torch.zeros(rows, 64, dtype=torch.bfloat16))
-    many = torch.float32 if wide else torch.bfloat16
-    assert seen == [(torch.bfloat16, torch.bfloat16, False), (torch.bfloat16, torch.bfloat16, True), (many, many, True)]
+    kinds = [torch.float32 if wide and rows >= wide else torch.bfloat16 for rows in (1, 2, 100)]
+    assert seen == [(torch.bfloat16, torch.bfloat16, False), (kinds[1], kinds[1], True), (kinds[2], kinds[2], True)]
 
 
 def test_many_rows_of_float16_are_multiplied_in_thirty_two():
     """Guards against: PyTorch's plain loop for a prompt, which takes several times as long."""
-    kinds = {kind: quant.product_type(torch.empty(0, dtype=kind)) for kind in (torch.float16, torch.float32)}
-    assert set(kinds.values()) == {torch.float32}
-    assert quant.product_type(torch.empty(0, dtype=torch.float16, device="meta")) == torch.float16
+    kinds = [quant.product_type(torch.empty(rows, 8, dtype=torch.float16)) for rows in (31, 32)]
+    assert kinds == [torch.float16, torch.float32]
+    assert quant.product_type(torch.empty(99, 8, dtype=torch.float32)) == torch.float32
+    assert quant.product_type(torch.empty(99, 8, dtype=torch.float16, device="meta")) == torch.float16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
