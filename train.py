@@ -338,7 +338,7 @@ def find_source(recipe: Recipe, images: Path):
     source = RecordSource([Path(name) for name in names], images, recipe.seed)
     seen = recipe.epochs * len(source.records)
     if not recipe.steps and seen < recipe.batch:  # the step would be filled up with the same records
-        raise ValueError(f"{seen:g} records in all epochs are no batch of {recipe.batch}; expected a smaller --batch, or more")
+        raise ValueError(f"{seen:g} records in all epochs are no batch of {recipe.batch}; expected a smaller --batch or more --epochs")
     steps = recipe.steps or math.ceil(seen / recipe.batch)
     return source, dataclasses.replace(recipe, steps=steps)
 
