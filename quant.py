@@ -44,7 +44,7 @@ def is_intel() -> bool:
 
 
 # Rows of a product from which float32 is faster on this CPU than a type's own instructions, if it has any: few have for
-# float16, and Intel's for bfloat16, without AMX, multiply no faster than float32's, so that converting pays soon.
+# float16, and Intel's for bfloat16, without AMX, are half as fast as float32's, so that converting pays soon.
 WIDE = {torch.float16: FEW}
 if torch.backends.cpu.get_cpu_capability() == "AVX2" or not torch.cpu._is_avx512_bf16_supported():
     WIDE[torch.bfloat16] = FEW

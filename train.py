@@ -306,7 +306,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def values(field: dataclasses.Field, recipes: dict[str, Recipe]) -> str:
     """A field's value, and what it is in the recipes that have another."""
     if field.name == "data":
-        return f"files of records, a,b.json, or drawn scenes and their shares, such as markers=3,captions=1: {', '.join(SCENES)}"
+        return f"files of records, a,b.json, or scenes and their shares, such as markers=3,captions=1: {', '.join(SCENES)}"
     others = {}
     for name, recipe in recipes.items():
         others.setdefault(getattr(recipe, field.name), []).append(name)
@@ -434,24 +434,7 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
         for block in model.llama.layers:
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False,
                                               context_fn=lambda: (contextlib.nullcontext(), lowered(place.device, low)))
-    measure = None
-    if args.parallel == "fsdp":  # no process has the whole model
-        if args.valid:
-            raise ValueError("--valid came with --parallel fsdp; expected ddp, or to measure the result afterwards")
-    elif isinstance(source, SceneSource) and source.names != ["texts"]:
-        measure = functools.partial(held_out_scenes, tokenizer=tokenizer, recipe=recipe)
-    elif args.valid:
-        records = Records([args.valid], args.images or Path("."))
-        chosen, bad = to_measure_on(model, tokenizer, records)
-        if bad and not args.skip_bad:
-            raise bad[0]
-        for error in bad if place.rank == 0 else ():
-            print(f"not measured on: {error}", flush=True)
-        if not chosen:
-            raise ValueError(f"none of {len(records)} records to measure on has an image; expected some")
-        measure = functools.partial(held_out_records, tokenizer=tokenizer, records=records, chosen=chosen)
-    if measure and args.compile:  # which would compile the blocks anew for answers of any length
-        measure = torch.compiler.set_stance("force_eager")(measure)
+    measure = measured(args, recipe, place, model, tokenizer, source)
 
     def publish(state: dict) -> None:
         if recipe.train == "lora":
@@ -466,6 +449,32 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
     read = source.records.files if isinstance(source, RecordSource) else []
     files = {f"bytes of {file.path}": file.path.stat().st_size for file in read}
     return Task(objective, data, publish, measure, bool(read), flops_per_token(model), files), recipe
+
+
+def measured(args: argparse.Namespace, recipe: Recipe, place: Place, model: ViPLLaVA, tokenizer: Tokenizer, source):
+    """What measures the model on held-out samples, or None where there are none."""
+    if args.parallel == "fsdp":  # no process has the whole model
+        if args.valid:
+            raise ValueError("--valid came with --parallel fsdp; expected ddp, or to measure the result afterwards")
+        return None
+    if isinstance(source, SceneSource):
+        if source.names == ["texts"]:
+            return None
+        measure = functools.partial(held_out_scenes, tokenizer=tokenizer, recipe=recipe)
+    elif args.valid:
+        records = Records([args.valid], args.images or Path("."))
+        chosen, bad = to_measure_on(model, tokenizer, records)
+        if bad and not args.skip_bad:
+            raise bad[0]
+        for error in bad if place.rank == 0 else ():
+            print(f"not measured on: {error}", flush=True)
+        if not chosen:
+            raise ValueError(f"none of {len(records)} records to measure on has an image; expected some")
+        measure = functools.partial(held_out_records, tokenizer=tokenizer, records=records, chosen=chosen)
+    else:
+        return None
+    # Compiled, the blocks would be compiled anew for answers of any length.
+    return torch.compiler.set_stance("force_eager")(measure) if args.compile else measure
 
 
 if __name__ == "__main__":

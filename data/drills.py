@@ -10,8 +10,7 @@
 | signs      | of a lone thing, large or small: which letter or number is on it                  | vip-ocr, vip-math    |
 | lettered   | of several things with letters and numbers: which is on each marked one           | vip-ocr              |
 | added      | which numbers are on two marked things, and their sum, asked before or after      | vip-math             |
-| …-spelled  | vip-math's sum, and in one answer each number before it                           | vip-math             |
-| …-steps    | the same, one question after the other                                            | vip-math             |
+| summed     | vip-math-spelled: a sum behind its numbers; …-steps: by three questions           | vip-math             |
 
 Each is a function of a generator and a size in pixels, as in questions.py; train.py's mixes know them by these names.
 """

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 
 import numpy as np
 import pytest
@@ -126,13 +127,13 @@ def test_vip_bench_is_trained_as_it_is_asked():
     assert len(seen) == 6
 
 
-@pytest.mark.parametrize("capability, words", [("rec", "What is"), ("ocr", "letter"), ("know", "How many"), ("math", "sum"),
+@pytest.mark.parametrize("capability, words", [("rec", "What is"), ("ocr", "letter"), ("know", "corners|lines of symmetry"), ("math", "sum"),
                                                ("rel", "related"), ("lang", "Describe")])  # fmt: skip
 def test_one_capability_alone(capability, words):
     """Guards against a capability that asks another one's questions, and descriptions in an order that nobody knows."""
     for i in range(8):
         sample = SCENES[f"vip-{capability}"](scenes.generator_for("train", 0, i), (64, 64))
-        assert words in sample.turns[0].question
+        assert re.search(words, sample.turns[0].question)
         if capability == "lang":
             (scene,) = sample.open.args
             marked, *others = sample.turns[0].answer.split(", ")

@@ -37,7 +37,8 @@ def test_every_task_of_training_is_asked_and_counted(monkeypatch, capsys):
     assert run(scenes_eval.main, ["--tasks", "-n", "20", "--side", "64", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(scenes_eval.TASKS) and len(asked) == 20 * len(lines)
-    drilled = {"signs", "v7w-spelled", "vcr-choice-spelled", "vip-math-spelled", "vip-math-steps", *(f"vip-{name}" for name in benchmarks.CAPABILITIES)}
+    spelled = {f"{name}-spelled" for name in ("v7w", "vcr-choice", "vip-math")}
+    drilled = {"signs", "vip-math-steps", *spelled, *(f"vip-{name}" for name in benchmarks.CAPABILITIES)}
     assert {"captions", "marked", *benchmarks.KINDS, "vcr-choice", *drilled} == set(scenes_eval.TASKS)
     for k, line in enumerate(lines):
         answers = Counter(turn.answer for turn in asked[20 * k : 20 * k + 20])

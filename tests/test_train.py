@@ -262,7 +262,7 @@ def curve(name, mine, out, *flags, processes=1):
     records = mine / "good.json", "--images", mine
     source, steps, lr = {"scenes": (["markers"], 50, 1e-4), "mine": (records, 6, 1e-3)}[name]
     finish("stage2", "--model", "tiny", "--data", *source, "--steps", steps, "--lr", lr, "--side", "112",
-           "--batch", "4", "--log-every", "1", "--eval-every", "1000", "--device", "cpu", "--out", out, *flags,
+           "--batch", "4", "--seed", "1", "--log-every", "1", "--eval-every", "1000", "--device", "cpu", "--out", out, *flags,
            processes=processes)  # fmt: skip
     assert len(losses(out)) == steps
     return losses(out), checkpoint.load(out, "cpu", torch.float32)[0].state_dict()
@@ -281,8 +281,7 @@ def test_two_processes_give_the_curve_of_one(parallel, mine, curves_of_one, tmp_
         two, other = curve(name, mine, tmp_path / name, "--parallel", parallel, processes=2)
         error = max(abs(two[step][0] - one[step][0]) / max(one[step][0], 1) for step in one)  # a small loss is not more exact
         assert error < 1e-5, (name, error)
-        apart = torch.cat([(weights[key] - other[key]).abs().flatten() for key in weights])
-        assert apart.max() < 1e-3 and (apart > 1e-4).sum() <= 3  # of 2.5 million: Adam makes a step of a mere rounding, too
+        assert all((weights[key] - other[key]).abs().max() < 1e-4 for key in weights)
 
 
 def test_a_state_that_is_cut_short_is_passed_over(tmp_path, capsys):
