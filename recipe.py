@@ -22,6 +22,7 @@ TRAINED = {  # what may be trained: the beginnings of the parameters' names
     "lora": ("projector.",),  # and what lora.py adds
     "contrast": ("",),  # both towers of a CLIP, see contrast.py
 }
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Recipe:
     lr: float = 1e-3  # the peak: linear warm-up, then a cosine to zero
     projector_lr: float = 0.0  # 0: lr
     warmup: float = 0.03  # of the steps
+    optimizer: str = "adamw"  # or "muon", for matrices between hidden states (muon.py), and AdamW for the rest
     weight_decay: float = 0.0
     beta2: float = 0.98  # of AdamW: how long it remembers the size of gradients
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -48,7 +50,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        for name, choices in (("train", TRAINED), ("template", ("", *TEMPLATES))):
+        for name, choices in (("train", TRAINED), ("template", ("", *TEMPLATES)), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(filter(None, choices))}")
         lows = {"steps": 0, "batch": 1, "side": 32, "seed": 0, "weight_decay": 0, "projector_lr": 0, "length": 1, "rank": 1}

@@ -1,6 +1,6 @@
 """States of a run: all that makes a stopped run go on as if it had not been stopped.
 
-    out/states/step-00000250/    the trained weights and the optimizer's moments, by torch.distributed.checkpoint:
+    out/states/step-00000250/    the trained weights and the optimizers' moments, by torch.distributed.checkpoint:
                              each process writes its share, and any number of processes reads them again
     out/states/step-00000250/about.json    step, recipe and base
 
@@ -38,7 +38,7 @@ def _wait() -> None:
         dist.barrier()
 
 
-def save(out: Path, model, optimizer, step: int, about: dict, keep: int) -> None:
+def save(out: Path, model, optimizers, step: int, about: dict, keep: int) -> None:
     """Write the state after `step` steps, and remove all but the last `keep`."""
     folder = out / "states" / f"step-{step:08}"
     beside = folder.with_name(f".{folder.name}.part")
@@ -46,7 +46,7 @@ def save(out: Path, model, optimizer, step: int, about: dict, keep: int) -> None
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     _wait()
-    weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
+    weights, moments = get_state_dict(model, optimizers, options=OPTIONS)
     try:
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=beside)
     except RuntimeError as error:  # PyTorch's, of a disk that is full
@@ -60,7 +60,7 @@ def save(out: Path, model, optimizer, step: int, about: dict, keep: int) -> None
     _wait()
 
 
-def load(out: Path, model, optimizer, about: dict) -> int:
+def load(out: Path, model, optimizers, about: dict) -> int:
     """Take up the newest whole state in `out`: the number of steps done, 0 where there is none.
 
     ValueError: it is of another run (recipe or base differ), or there are states and none can be read.
@@ -70,10 +70,10 @@ def load(out: Path, model, optimizer, about: dict) -> int:
         try:
             found = json.loads((folder / "about.json").read_text())
             _same_run(out, found, about)
-            weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
+            weights, moments = get_state_dict(model, optimizers, options=OPTIONS)
             state = {"model": weights, "optimizer": moments}
             dcp.load(state, checkpoint_id=folder)
-            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+            set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
                            options=StateDictOptions(ignore_frozen_params=True, strict=False))  # fmt: skip
         except AnotherRun:
             raise

@@ -47,6 +47,7 @@ from data.records import BadRecord, Records
 from evals.benchmark import answer, prompt
 from evals.scenes import evaluate
 from journal import Journal, plot
+from muon import Muon, is_hidden_matrix
 from parallel import Objective, Place, find_place, gradients, lowered, spread
 from recipe import RECIPES, TRAINED, Habits, Recipe, read_recipe, schedule
 from tokenizer import Tokenizer
@@ -82,14 +83,18 @@ def compile_blocks(model: ViPLLaVA) -> None:
         block.forward = torch.compile(block.forward)
 
 
-def parameter_groups(model: ViPLLaVA, recipe: Recipe) -> list[dict]:
-    """For the optimizer: matrices decay, vectors don't; the projector may have a learning rate of its own."""
-    groups = {}
+def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW, for all or for what Muon leaves. Matrices decay, vectors don't; the projector may have a rate of its own."""
+    groups = {"adamw": {}, "muon": {}}
     for name, p in model.named_parameters():
         if p.requires_grad:
+            which = "muon" if recipe.optimizer == "muon" and is_hidden_matrix(name, p) else "adamw"
             lr = recipe.projector_lr if name.startswith("projector.") and recipe.projector_lr else recipe.lr
-            groups.setdefault((lr, recipe.weight_decay if p.dim() > 1 else 0.0), []).append(p)
-    return [{"params": ps, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
+            decay = recipe.weight_decay if p.dim() > 1 else 0.0
+            alike = {"params": [], "lr": lr, "peak": lr, "weight_decay": decay}
+            groups[which].setdefault((lr, decay), alike)["params"].append(p)
+    make = {"adamw": functools.partial(torch.optim.AdamW, betas=(0.9, recipe.beta2), fused=True), "muon": Muon}
+    return [make[which](list(of.values())) for which, of in groups.items() if of]
 
 
 def summary(model: nn.Module) -> str:
@@ -118,9 +123,9 @@ class Task:
     files: dict[str, int] = dataclasses.field(default_factory=dict)  # of records, and their bytes: a run keeps to them
 
 
-def update(objective, optimizer, trained: list, micros: list[Micro], recipe: Recipe, step: int, place: Place):
-    """One step of the optimizer: the mean loss of its answer tokens, and the norm of the gradient before clipping."""
-    for group in optimizer.param_groups:
+def update(objective, optimizers, trained: list, micros: list[Micro], recipe: Recipe, step: int, place: Place):
+    """One step of the optimizers: the mean loss of its answer tokens, and the norm of the gradient before clipping."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group["peak"] * schedule(step, recipe)
     objective.train()
     loss, tokens = gradients(objective, micros, place)
@@ -129,8 +134,9 @@ def update(objective, optimizer, trained: list, micros: list[Micro], recipe: Rec
     if tokens and not math.isfinite(loss + norm):
         names = ", ".join(name for micro in micros for name in micro.names)
         raise ValueError(f"the loss is {loss} and its gradient {norm} at step {step}, on {names}; lower --lr")
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     return loss, norm
 
 
@@ -142,9 +148,9 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
     model, measure = task.objective.model, task.measure
     objective = spread(task.objective, parallel, place)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), betas=(0.9, recipe.beta2), fused=True)
+    optimizers = make_optimizers(model, recipe)
     about = {"recipe": dataclasses.asdict(recipe) | task.files, "base": base}
-    first = states.load(out, model, optimizer, about)
+    first = states.load(out, model, optimizers, about)
     if first == recipe.steps and place.rank == 0:
         print(f"all {first} steps of this run are done", flush=True)
     journal = Journal(out, place.rank == 0, first, habits, place, task.flops)
@@ -159,7 +165,7 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
             raise bad[0]
         journal.bad(bad)
         learned += sum(len(micro.names) for micro in micros)
-        loss, norm = update(objective, optimizer, trained, micros, recipe, step, place)
+        loss, norm = update(objective, optimizers, trained, micros, recipe, step, place)
         done = step + 1
         journal.step(done, recipe, micros, loss, norm)
         if measure and (done % habits.eval_every == 0 or done == recipe.steps):
@@ -167,7 +173,7 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
                 journal.measure(done, lambda: measure(model.eval()))
         stop = place.most(bool(stopping))  # on any of the processes: all stop after the same step
         if (done % habits.save_every == 0 or done == recipe.steps or stop) and (first or place.most(learned)):
-            states.save(out, model, optimizer, done, about, habits.keep)  # as long as all were bad there is nothing to keep
+            states.save(out, model, optimizers, done, about, habits.keep)  # as long as all were bad there is nothing to keep
         if stop:
             break
     if first == 0 and not place.most(learned):
@@ -408,6 +414,8 @@ def contrast_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: t
 
 def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: torch.dtype, base: str):
     """A ViP-LLaVA that learns to answer."""
+    if args.parallel == "fsdp" and recipe.optimizer == "muon":
+        raise ValueError("--parallel fsdp came with muon, which needs whole matrices; expected ddp, or adamw")
     if args.parallel == "fsdp" and place.world == 1:
         raise ValueError("--parallel fsdp came with one process; expected several, started by torchrun")
     source, recipe = find_source(recipe, args.images or Path("."))

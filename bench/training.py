@@ -35,7 +35,7 @@ from commandline import Parser, check_device, run
 from parallel import Objective
 from recipe import TRAINED, Recipe, read_recipe
 from tokenizer import Tokenizer
-from train import TINY, compile_blocks, flops_per_token, freeze, parameter_groups
+from train import TINY, compile_blocks, flops_per_token, freeze, make_optimizers
 from vipllava import ViPLLaVA, ViPLLaVAConfig
 
 SIZES = {
@@ -95,7 +95,7 @@ def our_step(args: argparse.Namespace, folder: str) -> Callable[[], float]:
     if args.compile:
         compile_blocks(model)
     objective = Objective(model, low, several=False)
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), fused=True)
+    (optimizer,) = make_optimizers(model, recipe)
     trained = int((batch[1][:, 1:] != -100).sum())
 
     def step() -> float:

@@ -33,7 +33,7 @@ from kill_training import kill
 from llama import LlamaConfig
 from overlay import make_marker
 from parallel import Place, gradients
-from recipe import RECIPES, Habits, Recipe, read_recipe, schedule
+from recipe import OPTIMIZERS, RECIPES, Habits, Recipe, read_recipe, schedule
 from train import freeze, main, tiny_model
 from vipllava import IGNORE, ViPLLaVA, ViPLLaVAConfig
 
@@ -157,7 +157,8 @@ def test_parameter_groups():
     model, _ = tiny_model(recipe)
     freeze(model, recipe, torch.float32)
     names = {id(p): name for name, p in model.named_parameters()}
-    for group in train.parameter_groups(model, recipe):
+    (optimizer,) = train.make_optimizers(model, recipe)
+    for group in optimizer.param_groups:
         for p in group["params"]:
             assert group["weight_decay"] == (0.1 if p.dim() > 1 else 0.0)
             assert group["peak"] == (0.25 if names[id(p)].startswith("projector.") else 0.5)
@@ -210,9 +211,10 @@ def test_loss_falls(tmp_path):
     assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
 
 
-def test_a_stopped_run_continues_exactly(tmp_path, monkeypatch, capsys):
-    """Guards against a resume that forgets the optimizer, the schedule or the place in the data: bit for bit."""
-    command = ["tiny-markers", "--steps", "8", "--save-every", "100", *FLAGS, "--out"]
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_stopped_run_continues_exactly(optimizer, tmp_path, monkeypatch, capsys):
+    """Guards against a resume that forgets an optimizer, the schedule or the place in the data: bit for bit."""
+    command = ["tiny-markers", "--steps", "8", "--save-every", "100", "--optimizer", optimizer, *FLAGS, "--out"]
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     main([*command, str(tmp_path / "whole")])
     step = journal.Journal.step
@@ -699,6 +701,8 @@ def test_a_recipe_of_one_s_own(text, words, tmp_path):
     (["--model", "tiny", "--train", "lora", "--clip", "x"], "--clip came with lora, whose file has no image tower"),
     (["--images", "docs"], "--images came with drawn scenes"),
     (["--valid", "README.md"], "--valid came with drawn scenes"), (["--parallel", "fsdp"], "fsdp came with one process"),
+    (["--parallel", "fsdp", "--optimizer", "muon"], "fsdp came with muon, which needs whole matrices"),
+    (["--optimizer", "sgd"], "optimizer is 'sgd'; expected one of adamw, muon"),
     (["--train", "contrast"], "--data came with contrast"),
     (["--train", "contrast", "--data", "", "--images", "docs"], "--images came with contrast"),
 ])  # fmt: skip
