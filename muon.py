@@ -4,15 +4,16 @@
     step       w <- w - lr · 0.2 sqrt(longer side) · orthogonal(0.05 gradient + 0.95 m)
 
 A gradient is nearly all along a few directions, and so are Adam's steps; orthogonal() gives every direction the same
-length, so that rare ones are learned, too. On a small model from nothing that saves most of the steps. The factor makes
-a step about as large as one of AdamW, whose rates and decay then serve both (Liu et al., arXiv 2502.16982, section 2.2).
+length, so that rare ones are learned, too, and a small model from nothing leaves its plateaus early (README has figures).
+The factor makes a step about as large as one of AdamW, whose rates and decay then serve both (Liu et al., arXiv
+2502.16982, section 2.2).
 
 It is for matrices between hidden states. Embeddings, the head, vectors and CLIP's patches are left to AdamW:
 
     optimizers = [torch.optim.AdamW(others, lr=1e-3), Muon(matrices, lr=1e-3)]
 
-torch.optim.Muon computes the same in bfloat16, a matrix at a time, which on a CPU takes from twice as long, with
-instructions for bfloat16, to many times as long without. Here matrices of one shape go together, in their own dtype.
+torch.optim.Muon computes the same in bfloat16, a matrix at a time, which on a CPU takes twice as long, and fifteen times
+where there are no instructions for bfloat16. Here matrices of one shape go together, in their own dtype.
 """
 
 import torch
