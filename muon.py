@@ -12,13 +12,13 @@ It is for matrices between hidden states. Embeddings, the head, vectors and CLIP
 
     optimizers = [torch.optim.AdamW(others, lr=1e-3), Muon(matrices, lr=1e-3)]
 
-torch.optim.Muon computes the same in bfloat16, a matrix at a time, which on a CPU takes twice as long, and fifteen times
+torch.optim.Muon computes the same in bfloat16, a matrix at a time, which on a CPU takes longer, and many times as long
 where there are no instructions for bfloat16. Here matrices of one shape go together, in their own dtype.
 """
 
 import torch
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the polynomial; they drive singular values into 0.7 … 1.2, and fast
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the polynomial; they drive most singular values into 0.7 … 1.2, and fast
 ROUNDS = 5
 
 

@@ -49,7 +49,7 @@ from evals.scenes import evaluate
 from journal import Journal, plot
 from muon import Muon, is_hidden_matrix
 from parallel import Objective, Place, find_place, gradients, lowered, spread
-from recipe import RECIPES, TRAINED, Habits, Recipe, read_recipe, schedule
+from recipe import OPTIMIZERS, RECIPES, TRAINED, Habits, Recipe, read_recipe, schedule
 from tokenizer import Tokenizer
 from vipllava import ViPLLaVA, ViPLLaVAConfig, expand
 
@@ -313,6 +313,8 @@ def values(field: dataclasses.Field, recipes: dict[str, Recipe]) -> str:
     """A field's value, and what it is in the recipes that have another."""
     if field.name == "data":
         return f"files of records, a,b.json, or scenes and their shares, such as markers=3,captions=1: {', '.join(SCENES)}"
+    if field.name == "optimizer":
+        return " or ".join(OPTIMIZERS)
     others = {}
     for name, recipe in recipes.items():
         others.setdefault(getattr(recipe, field.name), []).append(name)
