@@ -5,8 +5,8 @@
 
 A caption tells of two things of a scene, as captions on the web leave much out. A batch of B images has B captions, and
 for each K others that are false in one thing: a shape, a color, a place, or which marker is drawn, and on what. And each
-thing in all images has a phrase ("a striped red star within the blue ellipse"); where there are markers it has others,
-too, that are wrong about them: R phrases. Three questions, whose losses are added:
+thing in all images has a phrase ("a striped red star within the blue ellipse"); where there are markers, or a letter on
+it, it has others, too, that are wrong about them: R phrases. Three questions, whose losses are added:
 
     which caption is whose?             logits (B, B), both ways, as in the paper
     which of its own 1 + K is true?     logits (B, 1 + K)
@@ -31,8 +31,8 @@ from torch.utils.data import Dataset
 
 from clip import CLIP, TextConfig, VisionConfig, preprocess
 from data.batches import Example, Micro
-from data.scenes import (OBJECT_COLORS, SHAPES, UNLIKE, Object, Scene, caption, cell, generator_for, marked_scene, render,
-                         sample_scene, tell)  # fmt: skip
+from data.scenes import (DIGITS, LETTERS, OBJECT_COLORS, SHAPES, UNLIKE, Object, Scene, caption, cell, generator_for,
+                         marked_scene, render, sample_scene, tell)  # fmt: skip
 from overlay import COLORS, KINDS, Marker, Region, draw, phrase, sample_marker
 from parallel import lowered
 from tokenizer import CLIPTokenizer
@@ -67,7 +67,7 @@ class Captioned:
     true: str
     false: tuple[str, ...]  # FALSE of them
     phrases: tuple[str, ...]  # of each object of the scene
-    rivals: tuple[str, ...]  # the same objects, wrong about their markers
+    rivals: tuple[str, ...]  # the same objects, wrong about their markers, or about their letters and digits
 
     def image(self) -> Image.Image:
         return draw(render(self.scene), self.markers)
@@ -88,6 +88,10 @@ def captioned(generator: np.random.Generator, size: tuple[int, int]) -> Captione
     rivals = [tell(thing, said) for thing in scene.objects for said in (None, *own.values()) if said != own.get(id(thing))]
     mistaken = (_mistaken(generator, scene, Told(*both)) for both in zip(things, markers))
     rivals += [tell(thing, phrase(marker)) for thing, marker in zip(things, mistaken)]
+    for thing in scene.objects:
+        if thing.text:
+            wrong = replace(thing, text=_another(generator, DIGITS if thing.text in DIGITS else LETTERS, thing.text))
+            rivals.append(tell(wrong, own.get(id(thing))))
     return Captioned(scene, markers, caption_of(scene, told), false, phrases, tuple(rivals))
 
 

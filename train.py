@@ -468,7 +468,7 @@ def measured(args: argparse.Namespace, recipe: Recipe, place: Place, model: ViPL
             raise ValueError("--valid came with --parallel fsdp; expected ddp, or to measure the result afterwards")
         return None
     if isinstance(source, SceneSource):
-        if source.names == ["texts"]:
+        if source.is_text:
             return None
         measure = functools.partial(held_out_scenes, tokenizer=tokenizer, recipe=recipe)
     elif args.valid:

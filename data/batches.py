@@ -98,6 +98,7 @@ class SceneSource:
 
     def __init__(self, mix: str, seed: int, side: int):
         self.names, self.bounds = parse_mix(mix)
+        self.is_text = set(self.names) <= {"texts", "options"}  # no pictures
         self.seed, self.size = seed, (side, side)
 
     def sample(self, j: int) -> Sample:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -45,7 +46,9 @@ def test_true_captions_are_true_and_false_ones_false():
         for text in pair.false:
             assert len(facts(text)) == len(facts(pair.true)) and 1 <= len(facts(text) - all_true) <= 2, (pair.true, text)
         words = [phrase(one) for one in pair.markers]
-        assert len(pair.rivals) == len(words) * (len(pair.scene.objects) + 1) and not set(pair.rivals) & set(pair.phrases)
+        signs = sum(bool(thing.text) for thing in pair.scene.objects)
+        assert len(pair.rivals) == len(words) * (len(pair.scene.objects) + 1) + signs and not set(pair.rivals) & set(pair.phrases)
+        assert all(re.search("with the (letter [A-Z]|number [1-9])", said) for said in pair.rivals[len(pair.rivals) - signs :])
         assert sum(said.endswith(tuple(words)) for said in pair.phrases if words) == len(words)
         marked += marker is not None
         assert pair.image().size == (64, 64)

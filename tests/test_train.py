@@ -593,6 +593,14 @@ def test_all_of_a_model_in_16_bits(base, tmp_path):
     assert [line["step"] for line in log(tmp_path / "low") if "accuracy" in line] == [1, 2]
 
 
+@pytest.mark.parametrize("data, measured", [("texts", False), ("texts=2,options=1", False), ("texts,captions", True)])
+def test_texts_alone_are_not_measured_on_pictures(data, measured, base, tmp_path):
+    """Guards against: minutes of questions about pictures to a language model that has never seen one."""
+    argv = ["tiny-text", "--model", str(base), "--data", data, "--steps", "1", *FLAGS, "--eval-every", "1"]
+    main([*argv, "--out", str(tmp_path / "run")])
+    assert any("accuracy" in line for line in log(tmp_path / "run")) == measured
+
+
 def test_what_is_lowered():
     """Guards against: attention in 16 bits on a CPU, where its gradient is slow, and all else left in 32."""
     x, cpu = torch.ones(1, 2, 4, 8), torch.device("cpu")
