@@ -5,8 +5,8 @@
 
 A caption tells of two things of a scene, as captions on the web leave much out. A batch of B images has B captions, and
 for each K others that are false in one thing: a shape, a color, a place, or which marker is drawn, and on what. And each
-thing in all images has a phrase ("a striped red star within the blue ellipse"); where there are markers, or a letter on
-it, it has others, too, that are wrong about them: R phrases. Three questions, whose losses are added:
+thing in all images has a phrase ("a striped red star within the blue ellipse"); where there are markers, or a letter or
+digit on it, it has others, too, that are wrong about them: R phrases. Three questions, whose losses are added:
 
     which caption is whose?             logits (B, B), both ways, as in the paper
     which of its own 1 + K is true?     logits (B, 1 + K)

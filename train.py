@@ -313,13 +313,12 @@ def values(field: dataclasses.Field, recipes: dict[str, Recipe]) -> str:
     """A field's value, and what it is in the recipes that have another."""
     if field.name == "data":
         return f"files of records, a,b.json, or scenes and their shares, such as markers=3,captions=1: {', '.join(SCENES)}"
-    if field.name == "optimizer":
-        return " or ".join(OPTIMIZERS)
+    default = " or ".join(OPTIMIZERS) if field.name == "optimizer" else str(field.default or "-")
     others = {}
     for name, recipe in recipes.items():
         others.setdefault(getattr(recipe, field.name), []).append(name)
     others.pop(field.default, None)
-    return "; ".join([str(field.default or "-"), *(f"{value}: {', '.join(names)}" for value, names in others.items())])
+    return "; ".join([default, *(f"{value}: {', '.join(names)}" for value, names in others.items())])
 
 
 def folder(text: str) -> Path:

@@ -661,10 +661,11 @@ def test_a_batch_is_not_filled_up_with_the_same_records(base, mine, tmp_path):
 
 def test_help_says_what_differs():
     """Guards against a recipe's value that --help leaves out, or repeats for all that have the default; and against an
-    optimizer that no recipe has, so that nobody learns of it."""
+    optimizer that is not named, or not whose it is."""
     fields = {field.name: field for field in dataclasses.fields(Recipe)}
     batch, lr = fields["batch"], fields["lr"]
     assert train.values(fields["optimizer"], {}) == "adamw or muon"
+    assert train.values(fields["optimizer"], {"one": Recipe(), "two": Recipe(optimizer="muon")}) == "adamw or muon; muon: two"
     recipes = {"one": Recipe(batch=32), "two": Recipe(batch=64, lr=0.1), "three": Recipe(batch=64)}
     assert train.values(batch, recipes) == "32; 64: two, three" and train.values(lr, recipes) == "0.001; 0.1: two"
 
