@@ -5,8 +5,8 @@ A linear layer's weight W (out, in) stays as it is; what is learned is a change 
     y = W x + (alpha / rank) · B (A x)       A (rank, in) random, B (out, rank) zero: at first, nothing is changed
 
 With rank 16 the adapters of a 7B model are 40 million numbers of 7 billion, so they fit where gradients and moments of
-all the others would not. An adapter is one small file, which names the model that it belongs to; the projector, small
-too, is trained with it and lies in the same file.
+all the others would not. An adapter is one small file, which names the model that it belongs to, and knows its weights
+again; the projector, small too, is trained with it and lies in the same file.
 
     add(model, rank=16, alpha=32)            # freezes all else but the projector
     save(model, "runs/mine", base="7b")      # adapter.safetensors
@@ -16,6 +16,7 @@ too, is trained with it and lies in the same file.
     python lora.py runs/mine runs/merged     # a whole checkpoint in Hugging Face's layout
 """
 
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -72,11 +74,18 @@ def add(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TARG
     for name in targets:
         if name not in TARGETS:
             raise ValueError(f"target {name!r}; expected one or more of {', '.join(TARGETS)}")
+    model.adapted = digest(model)
     for block in model.llama.layers:
         for part in (block.self_attn, block.mlp):
             for name in [name for name in TARGETS if name in targets and hasattr(part, name)]:  # always in this order
                 setattr(part, name, LoRALinear(getattr(part, name), rank, alpha, generator))
     return model
+
+
+def digest(model: nn.Module) -> str:
+    """Of the decoder, by the signs of some of its weights: every precision has the same ones, another training others."""
+    signs = torch.cat([weight.detach().flatten()[:1024].signbit() for weight in model.llama.parameters()])
+    return hashlib.sha256(np.packbits(signs.cpu().numpy()).tobytes()).hexdigest()[:12]
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
@@ -100,7 +109,8 @@ def save(model: nn.Module, folder: str | Path, base: str, state: dict | None = N
     parts = adapters(model)
     first = next(iter(parts.values()))
     rank, targets = first.lora_A.size(0), sorted({name.rpartition(".")[2] for name in parts})
-    what = {"base": base, "rank": rank, "alpha": first.scale * rank, "targets": targets, "template": model.config.template}
+    what = {"base": base, "digest": model.adapted, "rank": rank, "alpha": first.scale * rank, "targets": targets,
+            "template": model.config.template}  # fmt: skip
     state = {name: x for name, x in (state or model.state_dict()).items()
              if ".lora_" in name or name.startswith("projector.")}  # fmt: skip
     folder = Path(folder)
@@ -111,7 +121,7 @@ def save(model: nn.Module, folder: str | Path, base: str, state: dict | None = N
 
 
 def about(folder: str | Path) -> dict | None:
-    """base, rank, alpha, targets, template of the adapter in a folder; None where there is no adapter."""
+    """base and its digest, rank, alpha, targets, template of the adapter in a folder; None where there is no adapter."""
     path = Path(folder) / FILE
     if not path.is_file():
         return None
@@ -121,7 +131,8 @@ def about(folder: str | Path) -> dict | None:
         kinds = {"base": str, "rank": int, "alpha": (int, float), "targets": list}
         if not all(isinstance(what[key], kind) for key, kind in kinds.items()):
             raise TypeError
-        if what.setdefault("template", None) not in (None, *TEMPLATES):  # it may be older than that is told
+        what = {"digest": None, "template": None} | what  # it may be older than these are told
+        if what["template"] not in (None, *TEMPLATES):
             raise KeyError(what["template"])
         return what
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
@@ -140,6 +151,8 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     wrong = sorted(own.keys() ^ found.keys()) + [n for n in own.keys() & found.keys() if own[n].shape != found[n].shape]
     if wrong:
         raise ValueError(f"{path} doesn't fit {what['base']}: {wrong[0]}, and {len(wrong) - 1} more; expected its base")
+    if what["digest"] not in (None, model.adapted):
+        raise ValueError(f"{path} was trained on other weights than {what['base']} has now; expected those, or to train again")
     with torch.no_grad():
         for name, x in own.items():
             x.copy_(found[name])

@@ -1,5 +1,6 @@
 """LoRA: the same function merged and unmerged, and a file that goes with its base."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -107,7 +108,7 @@ def test_saved_loaded_and_merged(base, tmp_path, capsys):
     lora.save(model, tmp_path / "mine", str(base))
     whole = (base / "model.safetensors").stat().st_size
     assert (tmp_path / "mine" / lora.FILE).stat().st_size < whole / 2
-    assert lora.about(tmp_path / "mine") == {"base": str(base), "rank": 3, "alpha": 6.0, "targets": ["q_proj", "up_proj"],
+    assert lora.about(tmp_path / "mine") == {"base": str(base), "digest": lora.digest(load(base)), "rank": 3, "alpha": 6.0, "targets": ["q_proj", "up_proj"],
                                              "template": "llava_v1"}  # fmt: skip
     loaded = load(tmp_path / "mine")
     assert relative(logits(loaded), logits(model)) < 1e-5 and not lora.adapters(loaded)
@@ -147,6 +148,16 @@ def test_an_adapter_of_another_base_is_refused(base, tmp_path):
         lora.load(model, tmp_path / "mine")
     with pytest.raises(FileNotFoundError, match="no adapter.safetensors in"):
         lora.load(model, base)
+    half, tokenizer = checkpoint.load(base, "cpu", torch.float16)
+    assert lora.load(half, tmp_path / "mine")  # the same weights, if rounded
+    model = load(base)
+    with torch.no_grad():
+        for weight in model.llama.parameters():
+            weight += 0.1 * weight.std() * torch.randn_like(weight)
+    shutil.rmtree(base)
+    checkpoint.save(model, tokenizer, base)
+    with pytest.raises(ValueError, match="was trained on other weights than .*base has now"):
+        checkpoint.load(tmp_path / "mine")
     file = tmp_path / "mine" / lora.FILE
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="can't be read as an adapter"):
