@@ -83,7 +83,7 @@ def add(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TARG
 
 
 def digest(model: nn.Module) -> str:
-    """Of the decoder, by the signs of some of its weights: every precision has the same ones, another training others."""
+    """Of the decoder, by the signs of some weights: the same in every precision, and another training flips some."""
     signs = torch.cat([weight.detach().flatten()[:1024].signbit() for weight in model.llama.parameters()])
     return hashlib.sha256(np.packbits(signs.cpu().numpy()).tobytes()).hexdigest()[:12]
 
