@@ -74,7 +74,7 @@ def add(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TARG
     for name in targets:
         if name not in TARGETS:
             raise ValueError(f"target {name!r}; expected one or more of {', '.join(TARGETS)}")
-    model.adapted = digest(model)
+    model.adapted = digest(model)  # while it is whole, and nothing is added: `save` writes it down
     for block in model.llama.layers:
         for part in (block.self_attn, block.mlp):
             for name in [name for name in TARGETS if name in targets and hasattr(part, name)]:  # always in this order
