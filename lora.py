@@ -34,7 +34,8 @@ from chat import TEMPLATES
 from files import write_tensors
 
 FILE = "adapter.safetensors"
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all of the decoder's
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all of a block's
+HEAD = "lm_head"  # a target, too, where words have to be said that the base has never said
 
 
 class LoRALinear(nn.Module):
@@ -72,13 +73,13 @@ def add(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TARG
     model.requires_grad_(False)
     model.projector.requires_grad_(True)
     for name in targets:
-        if name not in TARGETS:
-            raise ValueError(f"target {name!r}; expected one or more of {', '.join(TARGETS)}")
+        if name not in (*TARGETS, HEAD):
+            raise ValueError(f"target {name!r}; expected one or more of {', '.join((*TARGETS, HEAD))}")
     model.adapted = digest(model)  # while it is whole, and nothing is added: `save` writes it down
-    for block in model.llama.layers:
-        for part in (block.self_attn, block.mlp):
-            for name in [name for name in TARGETS if name in targets and hasattr(part, name)]:  # always in this order
-                setattr(part, name, LoRALinear(getattr(part, name), rank, alpha, generator))
+    blocks = [part for block in model.llama.layers for part in (block.self_attn, block.mlp)]
+    for part in (*blocks, model.llama):
+        for name in [name for name in (*TARGETS, HEAD) if name in targets and hasattr(part, name)]:  # always in this order
+            setattr(part, name, LoRALinear(getattr(part, name), rank, alpha, generator))
     return model
 
 

@@ -86,8 +86,9 @@ def test_merged_and_unmerged_agree(base):
 
 def test_targets(base):
     """Guards against targets that are read and not used, and a misspelled one that is passed over."""
-    model = lora.add(load(base), rank=2, alpha=2, targets=("q_proj", "down_proj"))
-    assert {name.rpartition(".")[2] for name in lora.adapters(model)} == {"q_proj", "down_proj"}
+    model = lora.add(load(base), rank=2, alpha=2, targets=("q_proj", "down_proj", "lm_head"))
+    assert {name.rpartition(".")[2] for name in lora.adapters(model)} == {"q_proj", "down_proj", "lm_head"}
+    assert len(lora.adapters(model)) == 2 * len(model.llama.layers) + 1
     with pytest.raises(ValueError, match="target 'q'; expected one or more of q_proj"):
         lora.add(load(base), rank=2, alpha=2, targets=("q",))
     for rank, alpha in ((0, 1), (2, 0), (2, float("nan"))):
@@ -104,12 +105,12 @@ def test_a_generator_gives_the_same_adapter(base):
 
 def test_saved_loaded_and_merged(base, tmp_path, capsys):
     """Guards against an adapter that only the process that trained it can use: from its folder, and as a checkpoint."""
-    model = learn(lora.add(load(base), rank=3, alpha=6, targets=("q_proj", "up_proj")))
+    model = learn(lora.add(load(base), rank=3, alpha=6, targets=("q_proj", "up_proj", "lm_head")))
     lora.save(model, tmp_path / "mine", str(base))
     whole = (base / "model.safetensors").stat().st_size
     assert (tmp_path / "mine" / lora.FILE).stat().st_size < whole / 2
     assert lora.about(tmp_path / "mine") == {"base": str(base), "digest": lora.digest(load(base)), "rank": 3, "alpha": 6.0,
-                                             "targets": ["q_proj", "up_proj"], "template": "llava_v1"}  # fmt: skip
+                                             "targets": ["lm_head", "q_proj", "up_proj"], "template": "llava_v1"}  # fmt: skip
     loaded = load(tmp_path / "mine")
     assert relative(logits(loaded), logits(model)) < 1e-5 and not lora.adapters(loaded)
     assert torch.equal(loaded.projector.linear_1.bias, model.projector.linear_1.bias)
