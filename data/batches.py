@@ -53,14 +53,15 @@ SCENES = {
 DRILLS = {  # easier steps towards those (drills.py), captions that tell textures and signs, ViP-Bench by capability
     "rich-captions": functools.partial(questions.caption_sample, rich=True),
     "told-apart": drills.told_apart,
+    "found": drills.found,
     "options": drills.options,
+    "said": drills.said,
     "choices": drills.choices,
     "counted": drills.counted,
     "signs": drills.signs,
     "lettered": drills.lettered,
     "added": drills.added,
-    "vip-math-spelled": drills.summed,
-    "vip-math-steps": functools.partial(drills.summed, steps=True),
+    "vip-math-steps": drills.summed,
     **{f"{kind}-spelled": functools.partial(drills.spelled, kind) for kind in ("v7w", "vcr-choice")},
     **{f"vip-{name}": functools.partial(benchmarks.vip_sample, capability=name) for name in benchmarks.CAPABILITIES},
 }
@@ -98,7 +99,7 @@ class SceneSource:
 
     def __init__(self, mix: str, seed: int, side: int):
         self.names, self.bounds = parse_mix(mix)
-        self.is_text = set(self.names) <= {"texts", "options"}  # no pictures
+        self.is_text = set(self.names) <= {"texts", "options", "said"}  # no pictures
         self.seed, self.size = seed, (side, side)
 
     def sample(self, j: int) -> Sample:

@@ -3,14 +3,16 @@
 | drill      | what is asked                                                                     | a step on the way to |
 | ---------- | --------------------------------------------------------------------------------- | -------------------- |
 | told-apart | of two to four marked things: what each is, which one is meant, how two lie       | v7w, vg_rel          |
+| found      | which of two to four marked things is the red star, or green, each in turn        | v7w                  |
 | options    | no picture: which of four options says so, by its letter                          | v7w, vcr             |
+| said       | no picture: any of four marked things, and the letter of the one that was said    | v7w                  |
 | choices    | which of four looks, places, markers or relations, by its letter                  | v7w, vcr             |
 | …-spelled  | v7w's or vcr-choice's choice in words first, then its letter                      | v7w, vcr             |
 | counted    | which shape is marked, and where it is seen again, before how often               | pointQA              |
 | signs      | of a lone thing, large or small: which letter or number is on it                  | vip-ocr, vip-math    |
 | lettered   | of several things with letters and numbers: which is on each marked one           | vip-ocr              |
 | added      | which numbers are on two marked things, and their sum, asked before or after      | vip-math             |
-| summed     | vip-math-spelled: a sum behind its numbers; …-steps: by three questions           | vip-math             |
+| …-steps    | vip-math's sum, each number asked for before                                      | vip-math             |
 
 Each is a function of a generator and a size in pixels, as in questions.py; train.py's mixes know them by these names.
 """
@@ -95,20 +97,12 @@ def added(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
     return _dialogue(benchmarks.bearing(scene, dict(zip(things, map(str, digits)))), markers, asked)
 
 
-SPELL_SUM = "Say each number first, then their sum."
-
-
-def summed(generator: np.random.Generator, size: tuple[int, int], steps: bool = False) -> Sample:
-    """ViP-Bench's sum, before which each number is said: "within the red rectangle 3, at the point 4: 7". steps: each is
-    asked for by a question of its own."""
+def summed(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
+    """ViP-Bench's sum, before which each number is asked for by a question of its own."""
     scene, things, markers, question, total = benchmarks.vip_question(generator, size, "math")
     signs = {thing.box: thing.text for thing in scene.objects}
-    told = [(phrase(marker), signs[thing.box]) for thing, marker in zip(things, markers)]
-    if steps:
-        asked = [(SIGN.format("number", words), number) for words, number in told]
-        return _dialogue(scene, markers, [*asked, (question, total)])
-    numbers = ", ".join(f"{words} {number}" for words, number in told)
-    return _dialogue(scene, markers, [(f"{question} {SPELL_SUM}", f"{numbers}: {total}")])
+    asked = [(SIGN.format("number", phrase(marker)), signs[thing.box]) for thing, marker in zip(things, markers)]
+    return _dialogue(scene, markers, [*asked, (question, total)])
 
 
 def _marked(generator: np.random.Generator, size: tuple[int, int], count: int, total: int | None = None, **options):
@@ -145,6 +139,20 @@ def told_apart(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
         if a != b and is_clear(things[a], things[b]):
             asked += _both_ways(things[a], things[b], said[a], said[b])
     return _dialogue(scene, markers, [asked[k] for k in generator.permutation(len(asked))[:6]])
+
+
+def found(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
+    """The way back from what a thing is to its marker, of two to four marked things in turn. To name what is marked, a
+    model looks for the marker; for this it has to look for the thing, which it doesn't learn from a question now and then."""
+    count = int(generator.integers(2, 5))
+    scene, things, markers = _marked(generator, size, count)
+    asked = []
+    for thing, marker in zip(things, markers):
+        forms = [f"Which is the {thing.color} {thing.shape}?"]
+        if sum(other.color == thing.color for other in things) == 1:
+            forms.append(f"Which object is {thing.color}?")
+        asked.append((forms[generator.integers(len(forms))], f"The object {phrase(marker)}"))
+    return _dialogue(scene, markers, [asked[k] for k in generator.permutation(count)])
 
 
 def _both_ways(a: Object, b: Object, *words: str) -> list[tuple[str, str]]:
@@ -189,11 +197,20 @@ def options(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
     return Sample(None, (), (Turn(question, answer),))
 
 
-def _by_letter(generator: np.random.Generator, question: str, options: Sequence[str], right: int) -> tuple[str, str]:
-    """The question with its four options in any order, as benchmarks write them, and the letter of the right one; half of
-    the time the option is to be said first."""
+def said(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
+    """Of options, said first, marked things alone. There one in eight is about them, and a small model kept on guessing."""
+    marked = [f"The object within the {color} rectangle" for color in generator.permutation(list(COLORS))[:4].tolist()]
+    question, answer = _by_letter(generator, "Choose any option.", marked, int(generator.integers(4)), spell=True)
+    return Sample(None, (), (Turn(question, answer),))
+
+
+def _by_letter(generator, question: str, options: Sequence[str], right: int, spell: bool | None = None) -> tuple[str, str]:
+    """The question with its four options in any order, as benchmarks write them, and the letter of the right one. spell: is
+    the option to be said first? None is half of the time."""
     order = generator.permutation(4).tolist()
     told, letter = "\n".join(f"{letter}. {options[k]}" for letter, k in zip("ABCD", order)), "ABCD"[order.index(right)]
-    if generator.random() < 0.5:
+    if spell is None:
+        spell = generator.random() >= 0.5
+    if not spell:
         return f"{question}\n{told}\n{LETTER}", letter
     return f"{question}\n{told}\n{SPELL}", f"{options[right].rstrip('.')}: {letter}"

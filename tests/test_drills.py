@@ -11,7 +11,7 @@ from data.batches import SCENES
 from data.drills import SPELL
 from data.readers import LETTER
 from data.scenes import SHAPES
-from overlay import phrase
+from overlay import COLORS, phrase
 from test_data_benchmarks import color_at
 
 
@@ -59,6 +59,24 @@ def test_marked_things_are_told_apart():
                     assert color[first] in one and color[second] in two
             asked[turn.question.split()[0]] += 1
     assert min(asked.values()) > 10 and len(asked) == 4, asked
+
+
+def test_a_thing_is_found_among_the_marked():
+    """Guards against the marker of another thing, a color that two of them have, and things that are never asked for."""
+    asked = collections.Counter()
+    for i in range(80):
+        sample = drills.found(scenes.generator_for("val", 0, i), (112, 112))
+        assert {turn.answer for turn in sample.turns} == {f"The object {phrase(marker)}" for marker in sample.markers}
+        assert [turn.image for turn in sample.turns] == [True] + [False] * (len(sample.markers) - 1)
+        if {marker.kind for marker in sample.markers} != {"rectangle"} or len(sample.markers) < 2:
+            continue
+        color = {f"The object {phrase(marker)}": color_at(sample.image, tuple(np.ravel(marker.points))) for marker in sample.markers}
+        for turn in sample.turns:
+            words = turn.question.rstrip("?").split()
+            alone = words[1] == "object"  # "Which object is green?", "Which is the green star?"
+            assert words[-1 if alone else -2] == color[turn.answer] and (not alone or list(color.values()).count(words[-1]) == 1)
+            asked[len(sample.markers), alone] += 1
+    assert len(asked) == 6 and min(asked.values()) > 5, asked
 
 
 def test_a_count_is_told_step_by_step():
@@ -129,6 +147,20 @@ def test_an_option_is_found_by_its_words():
         forms[right.split()[0] == "The", " is " in right, right in sum(scenes.POSITIONS, ()), len(turn.answer) > 1] += 1
     assert min(letters.values()) > 50 and len(letters) == 4, letters
     assert min(forms.values()) > 20 and len(forms) == 8, forms
+
+
+def test_a_marked_thing_is_said_before_its_letter():
+    """Guards against a letter of another option, a picture, and colors or letters that never come."""
+    seen = collections.Counter()
+    for i in range(300):
+        sample = drills.said(scenes.generator_for("val", 0, i), (112, 112))
+        (turn,) = sample.turns
+        question, _, right = chosen(turn)
+        assert sample.image is None and not turn.image and not sample.markers
+        assert question == "Choose any option." and turn.answer == f"{right}: {turn.answer[-1]}"
+        seen[turn.answer[-1]] += 1
+        seen[right] += 1
+    assert set(seen) == {*"ABCD", *(f"The object within the {color} rectangle" for color in COLORS)} and min(seen.values()) > 5
 
 
 def test_a_rich_caption_tells_textures_and_signs():
@@ -203,20 +235,17 @@ def test_a_sum_is_that_of_the_numbers_that_are_drawn():
     assert set(places) == {0, 2}
 
 
-def test_a_sum_in_steps_says_which_number_is_where():
+def test_a_sum_is_asked_for_after_its_numbers():
     """Guards against numbers the wrong way round, and against another sum than the benchmark's."""
     seen = 0
     for i in range(60):
         sample = drills.summed(scenes.generator_for("val", 0, i), (112, 112))
         plain = benchmarks.vip_sample(scenes.generator_for("val", 0, i), (112, 112), "math")
-        (turn,), (asked,), (scene,) = sample.turns, plain.turns, sample.open.args
-        assert turn.question == f"{asked.question} {drills.SPELL_SUM}" and sample.markers == plain.markers
-        told, total = turn.answer.split(": ")
-        numbers = [part.removeprefix(f"{phrase(marker)} ") for part, marker in zip(told.split(", "), sample.markers)]
-        assert total == asked.answer == str(sum(map(int, numbers)))
-        *one_by_one, last = drills.summed(scenes.generator_for("val", 0, i), (112, 112), steps=True).turns
-        assert [step.answer for step in one_by_one] == numbers and (last.question, last.answer) == (asked.question, total)
-        assert all(phrase(marker) in step.question for marker, step in zip(sample.markers, one_by_one))
+        *steps, last = sample.turns
+        (asked,), (scene,), numbers = plain.turns, sample.open.args, [step.answer for step in steps]
+        assert sample.markers == plain.markers and (last.question, last.answer) == (asked.question, asked.answer)
+        assert int(last.answer) == sum(map(int, numbers)) and [turn.image for turn in sample.turns] == [True, False, False]
+        assert all(phrase(marker) in step.question for marker, step in zip(sample.markers, steps))
         for number, marker in zip(numbers, sample.markers):
             if marker.kind in ("rectangle", "mask", "mask contour"):  # whose middle is the thing's
                 points = np.reshape(marker.points or marker.mask.polygons[0], (-1, 2))

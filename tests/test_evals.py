@@ -37,7 +37,7 @@ def test_every_task_of_training_is_asked_and_counted(monkeypatch, capsys):
     assert run(scenes_eval.main, ["--tasks", "-n", "20", "--side", "64", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(scenes_eval.TASKS) and len(asked) == 20 * len(lines)
-    spelled = {f"{name}-spelled" for name in ("v7w", "vcr-choice", "vip-math")}
+    spelled = {f"{name}-spelled" for name in ("v7w", "vcr-choice")}
     drilled = {"signs", "vip-math-steps", *spelled, *(f"vip-{name}" for name in benchmarks.CAPABILITIES)}
     assert {"captions", "marked", *benchmarks.KINDS, "vcr-choice", *drilled} == set(scenes_eval.TASKS)
     for k, line in enumerate(lines):
