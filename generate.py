@@ -52,7 +52,8 @@ class Memory:
             return None
         if self.pixels is None or not torch.equal(pixels, self.pixels):
             weight = model.llama.embed_tokens.weight
-            self.patches, self.pixels, self.ids = model.encode_images(pixels.to(weight.device, weight.dtype)), pixels, []
+            self.patches, self.ids = model.encode_images(pixels.to(weight.device, weight.dtype)), []
+            self.pixels = pixels.clone()  # the caller may draw into his
         return self.patches
 
     def recall(self, config: ViPLLaVAConfig, row: list[int], slots: int, like: torch.Tensor) -> int:
@@ -66,6 +67,7 @@ class Memory:
             new = self.cache.continued(known, start, slots) if known else KVCache(config.text, start, slots, kept_in(like))
             self.cache = new
         self.cache.length.fill_(known)
+        self.ids = []  # until the answer is over
         return known
 
 
@@ -98,6 +100,7 @@ def generate(
     shared = _check_request(config, prompts, rows, pixels, max_new_tokens)
     patches = memory.look(model, pixels)
     embeds, cache = _begin(model, rows, patches, shared, max_new_tokens, memory)
+    mine = memory.ids
     fresh = {embeds.size(1)} == set(map(len, rows))  # nothing is known, and no row is padded
     choose = lambda logits: sample(logits[:, : config.image_token_id], temperature, top_k, top_p, generator)  # noqa: E731
     said, alive = [], [True] * len(rows)
@@ -111,7 +114,7 @@ def generate(
                 return
             yield [token if a else None for a, token in zip(alive, said[-1])]
     finally:
-        if len(rows) == 1:
+        if len(rows) == 1 and memory.ids is mine:  # no newer call has taken the cache
             memory.ids = (rows[0] + [token for (token,) in said])[: int(cache.length)]
 
 

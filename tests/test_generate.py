@@ -289,6 +289,32 @@ def test_a_memory_of_an_answer_that_nobody_heard_to_its_end(seen):
     assert again == answers(model, [chat], pixels[:1], max_new_tokens=9)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_an_answer_that_is_given_up_late_does_not_touch_a_newer_ones_memory(seed):
+    """Guards against: tokens of an older answer, taken for those whose keys the newer one left in the cache."""
+    model, pixels = small(seed)
+    memory, (one, other) = Memory(), ([1, IMAGE, 7, 8, 9, 10], [1, IMAGE, 11, 12, 13, 14])
+    first = answers(model, [other], pixels[:1], max_new_tokens=4, memory=memory)
+    stream = generate(model, [one], pixels[:1], max_new_tokens=9, memory=memory)
+    next(stream)  # its keys stand where the other's stood
+    assert answers(model, [other], pixels[:1], max_new_tokens=4, memory=memory) == first
+    stream.close()
+    for chat in (one + [3], other + first[0] + [3]):
+        again = answers(model, [chat], pixels[:1], max_new_tokens=9, memory=memory)
+        assert again == answers(model, [chat], pixels[:1], max_new_tokens=9)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_image_that_is_changed_in_place_is_another(seed):
+    """Guards against: an image compared with itself, and an answer about the one before."""
+    model, pixels = small(seed)
+    memory, given = Memory(), pixels[:1].clone()
+    answers(model, PROMPTS[:1], given, max_new_tokens=9, memory=memory)
+    given.copy_(pixels[1:2])
+    again = answers(model, PROMPTS[:1], given, max_new_tokens=9, memory=memory)
+    assert again == answers(model, PROMPTS[:1], pixels[1:2], max_new_tokens=9)
+
+
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_several_questions_about_one_image_share_it(seed, window, work):
