@@ -94,8 +94,9 @@ def lowered(device: torch.device, low: torch.dtype) -> Iterator[None]:
 class Objective(nn.Module):
     """The summed loss of a micro-batch, as one module whose forward DDP and FSDP can wrap.
 
-    Both wait for every weight's gradient from every process. So where one of several has no image, or no sample left,
-    it lets an empty one pass, which counts nothing.
+    Both wait for every weight's gradient from every process, and FSDP for all to gather and give back the blocks' weights
+    in one order. So where one of several has no image, or no sample left, it lets an empty one pass, through the
+    decoder, too, and that counts nothing.
     """
 
     def __init__(self, model: ViPLLaVA, low: torch.dtype, several: bool):
@@ -103,16 +104,14 @@ class Objective(nn.Module):
         self.model, self.low, self.several = model, low, several
 
     def forward(self, ids, labels, pixels) -> torch.Tensor:
-        config, device = self.model.config.vision, self.model.projector.linear_1.weight.device
+        side, device = self.model.config.vision.image_size, self.model.projector.linear_1.weight.device
         counts = 1.0
         if ids is None:
-            ids, labels, counts = torch.zeros(1, 2, dtype=torch.long, device=device), None, 0.0
+            ids = labels = torch.zeros(1, 2, dtype=torch.long, device=device)
+            counts = 0.0
+        empty = torch.zeros(1, 3, side, side, device=device) if pixels is None and self.several else None
         with lowered(device, self.low):
-            loss = counts * self.model.loss(ids, ids if labels is None else labels, pixels, reduction="sum")
-            if pixels is None and self.several:
-                empty = torch.zeros(1, 3, config.image_size, config.image_size, device=device)
-                loss = loss + 0.0 * self.model.encode_images(empty).sum()
-        return loss
+            return counts * self.model.loss(ids, labels, pixels, empty, reduction="sum")
 
 
 def spread(objective: Objective, parallel: str, place: Place) -> nn.Module:
@@ -121,7 +120,8 @@ def spread(objective: Objective, parallel: str, place: Place) -> nn.Module:
         mesh = init_device_mesh(place.device.type, (place.world,))
         kept = objective.low if objective.low != torch.float32 else None
         shard = functools.partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(kept, torch.float32))
-        for block in (*objective.model.llama.layers, *objective.model.vision.layers):
+        model = objective.model
+        for block in (*model.llama.layers, *model.vision.layers[: model.config.depth]):  # it fails over one that never runs
             shard(block)
         return shard(objective)
     if place.world > 1:
@@ -140,7 +140,8 @@ def gradients(objective: nn.Module, micros: list[Micro], place: Place) -> tuple[
         inputs = [None if x is None else x.to(place.device, non_blocking=True) for x in (micro.ids, micro.labels, micro.pixels)]
         with _synchronised(objective, k == turns - 1):
             loss = objective(*inputs) * (place.world / tokens)  # both DDP and FSDP take the mean over processes
-            loss.backward()
+            if loss.requires_grad:  # or there is no image, and only the projector learns
+                loss.backward()
         total += loss.detach()
     for p in objective.parameters():  # of a step without images; several processes exchange zeros then, and Adam moves on
         if p.requires_grad and p.grad is None:

@@ -46,6 +46,11 @@ class ViPLLaVAConfig:
     template: str = "llava_v1"  # the conversation format that the weights were trained with, see chat.py
     quantized: str = ""  # "int8" or "int4": how the decoder's weights are kept, see quant.py
 
+    @property
+    def depth(self) -> int:
+        """How many of CLIP's blocks run: up to the deepest layer that is looked at."""
+        return max(i % (self.vision.layers + 1) for i in self.feature_layers)  # -1 is the last of L + 1 states
+
 
 class Projector(nn.Module):
     """Features of several CLIP layers -> embeddings of the language model, patch by patch."""
@@ -93,16 +98,22 @@ class ViPLLaVA(nn.Module):
             return embeds
         return embeds.masked_scatter(places[:, :, None].to(embeds.device), patches.to(embeds.dtype))
 
-    def forward(self, ids: torch.Tensor, pixels: torch.Tensor | None = None) -> torch.Tensor:
-        """ids (B, T), padded on the right if at all, and pixels (I, 3, S, S) -> hidden (B, T, C) for llama.lm_head."""
-        return self.llama(self.splice(ids, None if pixels is None else self.encode_images(pixels)))
+    def forward(self, ids: torch.Tensor, pixels: torch.Tensor | None = None, unseen: torch.Tensor | None = None):
+        """ids (B, T), padded on the right if at all, and pixels (I, 3, S, S) -> hidden (B, T, C) for llama.lm_head.
 
-    def loss(self, ids: torch.Tensor, labels: torch.Tensor, pixels: torch.Tensor | None = None, reduction="mean"):
+        unseen: more images, which are encoded and change nothing (parallel.py says what for).
+        """
+        embeds = self.splice(ids, None if pixels is None else self.encode_images(pixels))
+        if unseen is not None:
+            embeds = embeds + 0.0 * self.encode_images(unseen).sum()
+        return self.llama(embeds)
+
+    def loss(self, ids: torch.Tensor, labels: torch.Tensor, pixels=None, unseen=None, reduction="mean") -> torch.Tensor:
         """Cross-entropy of the next token over the labels (B, T) that are not IGNORE, their "mean" or "sum".
 
         The head, the largest matrix of a small model, is applied only where a label is trained.
         """
-        hidden = self(ids, pixels)[:, :-1]  # the state at t predicts the label at t + 1
+        hidden = self(ids, pixels, unseen)[:, :-1]  # the state at t predicts the label at t + 1
         target = labels[:, 1:]
         trained = target != IGNORE
         if not trained.any():
