@@ -43,7 +43,8 @@ def save(out: Path, model, optimizers, step: int, about: dict, keep: int) -> Non
     folder = out / "states" / f"step-{step:08}"
     beside = folder.with_name(f".{folder.name}.part")
     if _first():
-        shutil.rmtree(beside, ignore_errors=True)
+        for half in folder.parent.glob(".step-*.part"):  # whose save was cut
+            shutil.rmtree(half, ignore_errors=True)
         beside.mkdir(parents=True)
     _wait()
     weights, moments = get_state_dict(model, optimizers, options=OPTIONS)
@@ -55,7 +56,9 @@ def save(out: Path, model, optimizers, step: int, about: dict, keep: int) -> Non
         (beside / "about.json").write_text(json.dumps({"step": step, **about}, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
-        for old in _newest_first(out)[keep:]:
+        folders = _newest_first(out)
+        at = folders.index(folder)
+        for old in (*folders[:at], *folders[at + keep :]):  # what is newer could not be read when the run went on
             shutil.rmtree(old)
     _wait()
 

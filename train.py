@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -66,8 +67,7 @@ TINY = ViPLLaVAConfig(
 def freeze(model: ViPLLaVA, recipe: Recipe, low: torch.dtype) -> None:
     """Parameters that are trained: float32, with gradients. The others, also those of CLIP's blocks beyond the deepest
     that is looked at: of dtype `low`, without."""
-    deepest = max(i % (model.config.vision.layers + 1) for i in model.config.feature_layers)
-    idle = ("vision.post_layernorm.", *(f"vision.layers.{i}." for i in range(deepest, model.config.vision.layers)))
+    idle = ("vision.post_layernorm.", *(f"vision.layers.{i}." for i in range(model.config.depth, model.config.vision.layers)))
     if recipe.train == "lora":
         generator = torch.Generator().manual_seed(recipe.seed)
         lora.add(model, recipe.rank, recipe.alpha, recipe.targets.split(","), generator)
@@ -120,7 +120,7 @@ class Task:
     measure: Callable | None = None  # of the model: the accuracy to report, or accuracies by name
     measure_first: bool = False  # before the first step, too
     flops: float = 0.0  # of a token, to report MFU
-    files: dict[str, int] = dataclasses.field(default_factory=dict)  # of records, and their bytes: a run keeps to them
+    origin: dict[str, int | str] = dataclasses.field(default_factory=dict)  # what else a run keeps to, by name
 
 
 def update(objective, optimizers, trained: list, micros: list[Micro], recipe: Recipe, step: int, place: Place):
@@ -149,7 +149,7 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
     objective = spread(task.objective, parallel, place)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = make_optimizers(model, recipe)
-    about = {"recipe": dataclasses.asdict(recipe) | task.files, "base": base}
+    about = {"recipe": dataclasses.asdict(recipe) | task.origin, "base": base}
     first = states.load(out, model, optimizers, about)
     if first == recipe.steps and place.rank == 0:
         print(f"all {first} steps of this run are done", flush=True)
@@ -194,7 +194,13 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
 def stop_signals() -> Iterator[list[int]]:
     """A list that Ctrl-C or SIGTERM fills, so that a step is finished and saved before the run ends."""
     stopping, names = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(name, lambda number, frame: stopping.append(number)) for name in names]
+
+    def stop(number, frame):
+        if not stopping:
+            os.write(2, b"stopping after this step\n")  # print may be at work just now
+        stopping.append(number)
+
+    before = [signal.signal(name, stop) for name in names]
     try:
         yield stopping
     finally:
@@ -371,6 +377,7 @@ def main(argv: list[str]) -> None:
     base = resolved(args.model)
     make = contrast_task if recipe.train == "contrast" else answer_task
     task, recipe = make(args, recipe, place, low, base)
+    task.origin["precision"] = str(low).removeprefix("torch.")
     if args.clip:
         base += f" with the image tower of {resolved(args.clip)}"
     if place.rank == 0:
@@ -402,6 +409,8 @@ def contrast_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: t
     for flag, value in {**given, "data": recipe.data, "template": recipe.template}.items():
         if value:
             raise ValueError(f"--{flag} came with contrast, which has no use for it; expected none")
+    if recipe.batch < place.world:
+        raise ValueError(f"--batch {recipe.batch} came with {place.world} processes; expected a pair for each, or more")
     loaded = checkpoint.load_clip(args.model, place.device, torch.float32) if args.model else contrast.tiny_clip(recipe.seed)
     model, tokenize = loaded[0].to(place.device), loaded[1]
     pairs = functools.partial(contrast.Pairs, tokenize, model.vision_model.config, recipe.seed, recipe.side)
@@ -427,16 +436,19 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
     if args.valid and (isinstance(source, SceneSource) or recipe.template == "plain"):
         what = "with the template plain, in which nothing is asked" if recipe.template == "plain" else "with drawn scenes"
         raise ValueError(f"--valid came {what}; expected records with questions to train on")
-    stored = low if recipe.train in ("lora", "projector") else torch.float32
+    kept = checkpoint.stored_dtype(args.model) if args.model else torch.float32
+    # What is frozen may be rounded where it came in 16 bits, or where only an adapter is written.
+    frozen = low if kept.itemsize == 2 or recipe.train == "lora" else torch.float32
+    stored = frozen if recipe.train in ("lora", "projector") else torch.float32
     model, tokenizer = checkpoint.load(args.model, place.device, stored) if args.model else tiny_model(recipe)
     if model.config.quantized:
         raise ValueError(f"{args.model} is {model.config.quantized}; expected 16 or 32 bits a weight")
-    kept = checkpoint.stored_dtype(args.model) if args.model else torch.float32
+    origin = {"the base's digest": lora.digest(model)} if args.model else {}
     if args.clip:
         take_tower(model, args.clip)
     if recipe.template not in ("", "plain"):
         model.config = dataclasses.replace(model.config, template=recipe.template)
-    freeze(model.to(place.device), recipe, torch.float32 if args.parallel == "fsdp" else low)  # FSDP casts by itself
+    freeze(model.to(place.device), recipe, torch.float32 if args.parallel == "fsdp" else frozen)  # FSDP casts by itself
     if args.compile:
         compile_blocks(model)
     if args.recompute:  # what is compiled: a checkpoint is not looked into
@@ -456,8 +468,10 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
     data = Examples(source, tokenizer, model.config, recipe.template == "plain", recipe.length)
     objective = Objective(model, low, place.world > 1)
     read = source.records.files if isinstance(source, RecordSource) else []
-    files = {f"bytes of {file.path}": file.path.stat().st_size for file in read}
-    return Task(objective, data, publish, measure, bool(read), flops_per_token(model), files), recipe
+    origin |= {f"bytes of {file.path}": file.path.stat().st_size for file in read}
+    if read:
+        origin["images"] = str((args.images or Path(".")).resolve())
+    return Task(objective, data, publish, measure, bool(read), flops_per_token(model), origin), recipe
 
 
 def measured(args: argparse.Namespace, recipe: Recipe, place: Place, model: ViPLLaVA, tokenizer: Tokenizer, source):

@@ -61,7 +61,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory):
-    """Records of a person's own: 12, of which some have no image, and one is bad."""
+    """Records of a person's own: 12, of which some have no image, and one is bad; of mixed.json every second has none."""
     folder = tmp_path_factory.mktemp("mine")
     records = []
     for i in range(12):
@@ -72,6 +72,8 @@ def mine(tmp_path_factory):
     text = [{"from": "human", "value": "What is a ring?"}, {"from": "gpt", "value": "a shape"}]
     records[4] = {"id": "text-4", "conversations": text}
     records[7] = {"id": "text-7", "conversations": text}
+    mixed = [record if i % 2 else {"id": f"text-{i}", "conversations": [text[0], talk[1]]} for i, record in enumerate(records)]
+    (folder / "mixed.json").write_text(json.dumps(mixed))
     (folder / "good.json").write_text(json.dumps(records))
     (folder / "bad.json").write_text(json.dumps([*records[:5], {**records[5], "image": "none.png"}, *records[6:]]))
     return folder
@@ -212,7 +214,7 @@ def test_loss_falls(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_stopped_run_continues_exactly(optimizer, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_continues_exactly(optimizer, tmp_path, monkeypatch, capfd):
     """Guards against a resume that forgets an optimizer, the schedule or the place in the data: bit for bit."""
     command = ["tiny-markers", "--steps", "8", "--save-every", "100", "--optimizer", optimizer, *FLAGS, "--out"]
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -227,10 +229,11 @@ def test_a_stopped_run_continues_exactly(optimizer, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(journal.Journal, "step", stop_at_5)
     with pytest.raises(SystemExit, match="stopped after step 5 of 8"):
         main([*command, str(tmp_path / "cut")])
+    assert capfd.readouterr().err == "stopping after this step\n"
     monkeypatch.setattr(journal.Journal, "step", step)
     main([*command, str(tmp_path / "cut")])
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert "resumed" in capsys.readouterr().out and losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert "resumed" in capfd.readouterr().out and losses(tmp_path / "cut") == losses(tmp_path / "whole")
     models = [checkpoint.load(tmp_path / name, "cpu", torch.float32)[0].state_dict() for name in ("cut", "whole")]
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
@@ -261,9 +264,10 @@ def test_kill_9(kind, base, tmp_path):
 
 def curve(name, mine, out, *flags, processes=1):
     """The losses of a run on scenes, or on records of which some have no image; and the model that it makes."""
-    records = mine / "good.json", "--images", mine
-    source, steps, lr = {"scenes": (["markers"], 50, 1e-4), "mine": (records, 6, 1e-3)}[name]
-    finish("stage2", "--model", "tiny", "--data", *source, "--steps", steps, "--lr", lr, "--side", "112",
+    good, mixed = ([mine / f"{name}.json", "--images", mine] for name in ("good", "mixed"))
+    recipe, source, steps, lr = {"scenes": ("stage2", ["markers"], 50, 1e-4), "mine": ("stage2", good, 6, 1e-3),
+                                 "projector": ("stage1", [*mixed, "--micro", "1"], 4, 1e-3)}[name]  # fmt: skip
+    finish(recipe, "--model", "tiny", "--data", *source, "--steps", steps, "--lr", lr, "--side", "112",
            "--batch", "4", "--seed", "1", "--log-every", "1", "--eval-every", "1000", "--device", "cpu", "--out", out, *flags,
            processes=processes)  # fmt: skip
     assert len(losses(out)) == steps
@@ -272,13 +276,14 @@ def curve(name, mine, out, *flags, processes=1):
 
 @pytest.fixture(scope="module")
 def curves_of_one(mine, tmp_path_factory):
-    return {name: curve(name, mine, tmp_path_factory.mktemp("one") / name) for name in ("scenes", "mine")}
+    return {name: curve(name, mine, tmp_path_factory.mktemp("one") / name) for name in ("scenes", "mine", "projector")}
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_give_the_curve_of_one(parallel, mine, curves_of_one, tmp_path):
     """Guards against samples seen twice, a loss that is averaged wrongly, and processes that wait for each other where
-    one has an image and the other has none; in one of the steps on "mine" no sample has any."""
+    one has an image and the other has none; in one of the steps on "mine" no sample has any. "projector": where nothing
+    of an empty image's turn but the projector learns, and a step takes several turns."""
     for name, (one, weights) in curves_of_one.items():
         two, other = curve(name, mine, tmp_path / name, "--parallel", parallel, processes=2)
         error = max(abs(two[step][0] - one[step][0]) / max(one[step][0], 1) for step in one)  # a small loss is not more exact
@@ -298,6 +303,12 @@ def test_a_state_that_is_cut_short_is_passed_over(tmp_path, capsys):
     main(command)
     out = capsys.readouterr().out
     assert out.count("can't be read") == 2 and f"resumed {folders[0]}" in out and losses(tmp_path / "run") == expected
+    newer = shutil.copytree(folders[2], folders[2].with_name("step-00000009"))
+    (newer / ".metadata").write_bytes(b"")
+    shutil.rmtree(folders[2])
+    newer.with_name(".step-00000005.part").mkdir()  # a save that was cut
+    main(command)  # on from 4
+    assert sorted((tmp_path / "run" / "states").iterdir()) == folders
     for folder in sorted((tmp_path / "run" / "states").iterdir()):
         (folder / ".metadata").write_bytes(b"")
     with pytest.raises(ValueError, match="none of 3 states in .* can be read; expected one, or another --out"):
@@ -330,8 +341,17 @@ def test_another_recipe_or_base_does_not_continue_a_run(base, tmp_path):
     main(["tiny-captions", "--out", str(tmp_path / "run"), "--steps", "1", *FLAGS])
     with pytest.raises(ValueError, match="lr 0.001, now 0.5"):
         main(["tiny-captions", "--out", str(tmp_path / "run"), "--steps", "1", "--lr", "0.5", *FLAGS])
+    with pytest.raises(ValueError, match="precision float32, now bfloat16"):
+        main(["tiny-captions", "--out", str(tmp_path / "run"), "--steps", "1", "--precision", "bfloat16", *FLAGS])
     with pytest.raises(ValueError, match="base , now .*base"):
         main(["tiny-captions", "--out", str(tmp_path / "run"), "--steps", "1", "--model", str(base), *FLAGS])
+    argv = ["tiny-align", "--model", str(tmp_path / "base"), "--steps", "1", "--out", str(tmp_path / "other"), *FLAGS]
+    shutil.copytree(base, tmp_path / "base")
+    main(argv)
+    shutil.rmtree(tmp_path / "base")
+    checkpoint.save(*tiny_model(Recipe("markers", steps=1, side=64, seed=1), TINIER), tmp_path / "base")
+    with pytest.raises(ValueError, match="the base's digest [0-9a-f]{12}, now [0-9a-f]{12}"):
+        main(argv)
 
 
 def test_a_run_begun_before_a_field_was_there_goes_on(tmp_path):
@@ -355,6 +375,8 @@ def test_other_records_do_not_continue_a_run(base, mine, tmp_path):
             "--length", "300", "--device", "cpu", "--out", str(tmp_path / "run")]  # fmt: skip
     main(argv)
     main(argv)
+    with pytest.raises(ValueError, match="images .*mine.*, now .*others"):
+        main([*argv, "--images", str(shutil.copytree(mine, tmp_path / "others"))])
     (tmp_path / "some.json").write_text(json.dumps(records[:-1]))
     with pytest.raises(ValueError, match="bytes of .*some.json [0-9]+, now [0-9]+"):
         main([*argv, "--steps", "3"])
@@ -564,6 +586,15 @@ def test_a_model_has_as_many_bits_as_it_came_with(kind, low, base, tmp_path, mon
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == str(kind).removeprefix("torch.")
 
 
+def test_what_is_frozen_stays_as_it_came(base, tmp_path):
+    """Guards against weights of 32 bits that come out rounded, of a training that never touched them."""
+    argv = ["--model", str(base), "--steps", "2", "--precision", "bfloat16", *FLAGS, "--out", str(tmp_path / "out")]
+    main(["tiny-align", *argv])
+    before, after = (checkpoint.load(folder, "cpu", "stored")[0].state_dict() for folder in (base, tmp_path / "out"))
+    moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"projector"} and {x.dtype for x in after.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("flags, close", [(["--recompute"], 1e-6), (["--precision", "bfloat16"], 0.02),
                                           (["--recompute", "--precision", "bfloat16"], 0.02)])  # fmt: skip
 def test_memory_for_time_and_bits(flags, close, base, tmp_path):
@@ -725,3 +756,10 @@ def test_a_mistake_is_one_line(tmp_path, flags, words, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err, err
     assert not (tmp_path / "run").exists()
+
+
+def test_each_process_has_a_pair(tmp_path, capsys, monkeypatch):
+    """Guards against a traceback from the process that goes without one."""
+    monkeypatch.setattr(train, "find_place", lambda device: Place(torch.device("cpu"), 0, 2))
+    assert run(main, ["tiny-clip", "--batch", "1", "--out", str(tmp_path / "run")]) == 2
+    assert "--batch 1 came with 2 processes; expected a pair for each, or more" in capsys.readouterr().err
