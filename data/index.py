@@ -143,6 +143,8 @@ def _array(file, path: Path) -> Iterator[tuple[int, int, int]]:
                 try:
                     _, end = decoder.raw_decode(text, at)
                     break
+                except RecursionError:
+                    raise ValueError(f"{path}, line {line}: a record nested too deeply") from None
                 except ValueError as error:  # damaged, or cut by the window
                     more = "" if len(text) - at > LONGEST else file.read(max(WINDOW, len(text) - at)).decode("latin-1")
                     if not more:

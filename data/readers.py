@@ -93,6 +93,8 @@ def dialogue(record: dict) -> list[tuple[str, str]]:
     """The questions and answers of "conversations"; what comes before the first question is left out, as the released
     code does. <image> may stand once, in the first question; it goes, as chat.py places the image."""
     said = field(record, "conversations", list)
+    if odd := [turn for turn in said if not isinstance(turn, dict)]:
+        raise ValueError(f"conversations hold {repr(odd[0])[:60]}; expected objects with from and value")
     said = list(itertools.dropwhile(lambda turn: turn.get("from") == "gpt", said))
     speakers, values = [turn.get("from") for turn in said], [field(turn, "value", str) for turn in said]
     if not said or speakers != ["human", "gpt"] * (len(said) // 2):
@@ -126,6 +128,9 @@ def _pick(generator: np.random.Generator, forms: Sequence):
 
 
 OURS = ("image", "regions", "markers", "conversations")  # what our own records have; others may say what they like beside
+IMAGES = ("img", "image_path", "image_file", "picture")  # what others call it
+# What stands for a region, and what is meant to.
+GAPS = re.compile(r"<\s*(?:regions?|reg|bbox)[\s_-]*\d*\s*>|[\[{]\s*(?:regions?|reg|bbox)[\s_-]*\d+\s*[\]}]", re.IGNORECASE)
 
 
 def refuse_misspelt(record: dict) -> None:
@@ -134,9 +139,11 @@ def refuse_misspelt(record: dict) -> None:
         for meant in difflib.get_close_matches(key.lower(), OURS, 1, 0.85):
             if meant not in record:
                 raise ValueError(f'a field "{key}"; expected "{meant}"')
-    for turn in field(record, "conversations", list) if record.get("image") else ():
-        for gap in re.findall(r"<\s*region\s*\d*\s*>", str(turn.get("value")), re.IGNORECASE):
-            if not re.fullmatch(r"<region\d*>", gap):
+    if "image" not in record and (other := [key for key in record if key.lower() in IMAGES]):
+        raise ValueError(f'a field "{other[0]}"; expected "image"')
+    for text in itertools.chain(*dialogue(record)) if record.get("image") else ():
+        for gap in GAPS.findall(text):
+            if not re.fullmatch(r"<region\d*>", gap) and ("regions" in record or not re.fullmatch(r"<bbox\d*>", gap)):
                 raise ValueError(f"{gap} in conversations; expected <region{re.sub(r'[^0-9]', '', gap)}>")
 
 
@@ -150,12 +157,12 @@ def _regions(record, images, generator) -> Plan:
         if "mask" in given:
             bitmap = read_mask(str(inside(images, field(given, "mask", str), "mask")))
         groups.append([Region(box=given.get("box"), polygons=given.get("polygons", ()), bitmap=bitmap)])
-    given = record.get("markers") or []
+    given = field(record, "markers", list) if record.get("markers") else []
     if given and len(given) != len(groups):
         raise ValueError(f"{len(given)} markers and {len(groups)} regions; expected as many, or no markers")
     given = [{"kind": one} if isinstance(one, str) else one or {} for one in given]
     for one in given:
-        if one.keys() - {"kind", "color"} or one.get("kind", "point") not in KINDS:
+        if not isinstance(one, dict) or one.keys() - {"kind", "color"} or one.get("kind", "point") not in KINDS:
             raise ValueError(f"a marker is {one}; expected a kind ({', '.join(KINDS)}) and perhaps a color")
     pairs = dialogue(record)
     return Plan(groups, lambda words: fill_in(pairs, "region", words), given=given)

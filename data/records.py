@@ -17,9 +17,11 @@ What each official data set's record says and asks, and where we leave the relea
 
 import itertools
 import multiprocessing
+import re
 import signal
 import struct
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -131,6 +133,8 @@ def annotate(record: dict, images: Path, generator, size: tuple[int, int] | None
     for number, turn in enumerate(turns, 1):
         if not turn.answer.strip() or not (turn.question.strip() or turn.image):
             raise ValueError(f"question {number} has no {'words' if turn.answer.strip() else 'answer'}")
+        if half := re.search("[\ud800-\udfff]", turn.question + turn.answer):
+            raise ValueError(f"half a character, {half[0]!r}, in question {number} or its answer; expected whole ones")
     return tuple(markers), turns
 
 
@@ -159,13 +163,15 @@ def to_sample(record: dict, images: Path, generator: np.random.Generator, read=N
 def size_of(path: Path) -> tuple[int, int]:
     """(width, height) of an image as it is seen, from its header."""
     try:
-        with Image.open(path) as image:
-            if image.format == "TIFF":  # Pillow itself turns one as it is loaded, and takes away its tag
-                image.load()
-            width, height = image.size
-            return (height, width) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
-    except Image.DecompressionBombError:
-        raise ValueError(f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; shrink it") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.format == "TIFF":  # Pillow itself turns one as it is loaded, and takes away its tag
+                    image.load()
+                width, height = image.size
+                return (height, width) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, the limit; shrink it") from None
     except (OSError, SyntaxError, TypeError, struct.error) as error:
         raise ValueError(f"{path} can't be read as an image ({type(error).__name__}); is the file whole?") from None
 
@@ -256,6 +262,8 @@ def check_range(task: tuple[JSONFile, Path, range]) -> tuple[Counter, list[tuple
 def check(path: Path, images: Path, processes: int | None = None) -> int:
     """Print every bad record and how many are good, by kind; returns how many are bad."""
     file, good, bad = JSONFile(path), Counter(), 0
+    if not len(file):
+        raise ValueError(f"{path} has no records; expected one or more")
     tasks = [(file, images, range(first, min(first + 1000, len(file)))) for first in range(0, len(file), 1000)]
     ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
     with multiprocessing.Pool(processes, signal.signal, ignore) as pool:

@@ -13,6 +13,7 @@ what the breakdowns go by. evals/visual7w.py shows all that a benchmark is.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -183,6 +184,11 @@ def ask(benchmark: Benchmark, args, numbers: Sequence[int] | None = None) -> lis
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(map(dumps, lines))
     if all("error" in done[k]["metadata"] for k in numbers):
+        if all("error" in line["metadata"] for line in done.values()):  # else the right command would be refused here
+            path.unlink()
+            (args.out / "run.json").unlink()
+            with contextlib.suppress(OSError):
+                args.out.rmdir()  # where nothing else is in it
         about = done[numbers[0]]["metadata"]
         raise ValueError(f"all {len(numbers)} records of {args.data} are bad; {about['where']}: {about['error']}")
     return [done[k] for k in numbers]

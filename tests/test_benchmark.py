@@ -146,6 +146,14 @@ def test_bad_records_are_wrong_and_asked_again(world, tmp_path, monkeypatch, cap
     assert json.loads((tmp_path / "out/results.json").read_text())["bad"] == ["v7w-1"]
 
 
+def test_nothing_is_left_where_all_is_bad(world, tmp_path, monkeypatch, capsys):
+    """Guards against: a slip of --images, after which the right folder is refused as another run's."""
+    monkeypatch.setattr(benchmark, "answer", lambda m, t, samples, *rest: [s.turns[0].answer for s in samples])
+    assert evaluate("visual7w", world, tmp_path / "out", "--images", str(tmp_path)) == 2
+    assert f"all {N} records of" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert evaluate("visual7w", world, tmp_path / "out") == 0
+
+
 @pytest.mark.parametrize("name", EVALUATORS)
 @pytest.mark.parametrize("flags, words", [
     (["--seed", "-1"], "seed is -1; expected 0 or more"), (["--batch", "0"], "batch is 0"), (["--processes", "0"], "processes is 0"),

@@ -60,7 +60,8 @@ def test_where_a_record_stands(tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ('[{"a": 1},', "ends in its array, on line 1"), ('[{"a": 1}\n{"b": 1}]', "line 2: '{'; expected a comma or ]"), ("[1]", "line 1: '1'"),
-    ('[{"a": 1}] x', "'x'"), ('[\n\n{"a"]', "line 3: a damaged record"), ("[,]", "','"), ("", "begins with b''"),
+    ('[{"a": 1}] x', "'x'"), ('[\n\n{"a"]', "line 3: a damaged record"), ("[,]", "','"),
+    ('[{"x": ' + "[" * 100_000, "line 1: a record nested too deeply"), ("", "begins with b''"),
     ("text", "begins with b't'"), ("\ufeff[]", "without a byte order mark"), ('[{"a": 1},]', "']'; expected an object of"),
     ('{\n "a": 1\n}', "begins with an object over several lines; expected .* around"),
 ])  # fmt: skip

@@ -208,10 +208,11 @@ def test_sentences_close_where_words_have_gone(images):
 def test_an_image_beyond_all_limits_is_a_bad_record(images, monkeypatch):
     """Guards against a run that ends at one image, and can't even be told to skip it."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    Image.new("1", (70, 50)).save(images / "huge.png")
-    (images / "mix.json").write_text(json.dumps([dict(OFFICIAL["v7w"], image="huge.png")]))
-    with pytest.raises(BadRecord, match="huge.png has more than 2,000 pixels"):
-        Records([images / "mix.json"], images)[0]
+    for width in (21, 70):  # of the first Pillow only warns, and training refuses it
+        Image.new("1", (width, 50)).save(images / f"huge-{width}.png")
+        (images / "mix.json").write_text(json.dumps([dict(OFFICIAL["v7w"], image=f"huge-{width}.png")]))
+        with pytest.raises(BadRecord, match=f"huge-{width}.png has more than 1,000 pixels, the limit"):
+            Records([images / "mix.json"], images)[0]
 
 
 def test_text_alone(images):
@@ -274,6 +275,13 @@ BAD = [
     ("regions", "regions", [{"box": [20, 30, 9000, 80]}] * 3, "(20.0, 30.0, 9000.0, 80.0) is not of an image of 200 x 140"),
     ("regions", "conversations", talk("Is <Region0> red?", "x"), "<Region0> in conversations; expected <region0>"),
     ("regions", "conversations", talk("Is it red?", "<region 1> is"), "<region 1> in conversations; expected <region1>"),
+    *(("regions", "conversations", talk(f"Is {gap} red?", "x"), f"{gap} in conversations; expected <region0>")
+      for gap in ("<bbox0>", "<region_0>", "<region-0>", "<regions0>", "<Reg0>", "[region0]", "{region 0}")),
+    ("conversations", "conversations", talk("Is [region0] red?", "x"), "[region0] in conversations; expected <region0>"),
+    ("conversations", "conversations", ["x", "y"], "conversations hold 'x'; expected objects with from and value"),
+    ("conversations", "conversations", talk("Hi", "a \ud83d"), "half a character, '\\ud83d', in question 1 or its answer"),
+    ("regions", "markers", "arrow", "markers is 'arrow'; expected a list"),
+    ("regions", "markers", [5, 5, 5], "a marker is 5; expected a kind"),
     ("conversations", "marker", ["arrow"], 'a field "marker"; expected "markers"'),
     ("conversations", "Regions", [{"box": BOX}], 'a field "Regions"; expected "regions"'),
 ]  # fmt: skip
@@ -292,6 +300,14 @@ def test_a_bad_record_is_named_with_its_reason(kind, key, value, words, images):
     line = (images / "mix.json").read_text().split("\n").index(" },") + 2
     assert words in error.reason and error.where == f"line {line}" and error.id == bad.get("id", "without id")
     assert str(error).startswith(f"{images / 'mix.json'}, line {line}, ") and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["img", "image_path", "Picture"])
+def test_an_image_by_another_name_is_no_text(name, images):
+    """Guards against: a question about an image that nobody shows."""
+    record = {"id": "x", name: "a.png", "conversations": talk("What is it?", "x")}
+    with pytest.raises(ValueError, match=f'a field "{name}"; expected "image"'):
+        to_sample(record, images, np.random.default_rng(0))
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_only(images):
@@ -378,11 +394,13 @@ def test_preview_shows_markers_and_what_is_trained(images):
 @pytest.mark.parametrize("argv, words", [
     (["check", "none.json"], "no file none.json"), (["check", "mix.json", "--images", "none"], "no folder none"),
     (["preview", "mix.json", "-n", "0"], "n is 0, and mix.json has 1 records"), (["look"], "invalid choice"),
+    (["check", "empty.json"], "empty.json has no records; expected one or more"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(argv, words, images, monkeypatch, capsys):
     """Guards against tracebacks."""
     monkeypatch.chdir(images)
     (images / "mix.json").write_text(json.dumps([OFFICIAL["v7w"]]))
+    (images / "empty.json").write_text("[]")
     assert run(records.main, argv) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
