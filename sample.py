@@ -129,7 +129,7 @@ def check_show(path: Path, *sources: Path | str) -> Path:
         raise ValueError(f"can't save an image as {str(path)!r}; expected a name that ends in {', '.join(suffixes)}")
     if not path.parent.is_dir():
         raise ValueError(f"can't save {path}, as there is no folder {path.parent}; expected one that exists")
-    if path.is_dir() or path.exists() and any(map(path.samefile, sources)):
+    if path.is_dir() or path.exists() and any(map(path.samefile, filter(os.path.exists, sources))):
         what = "a folder" if path.is_dir() else "an image that was given"
         raise ValueError(f"can't save {path}, which is {what}; expected another name")
     return path
@@ -163,7 +163,8 @@ class Chat:
     """
 
     def __init__(self, answer, path: Path, image: Image.Image, markers: list[Marker], masks: list[str]):
-        self.answer, self.path, self.image, self.markers, self.masks, self.turns = answer, path, image, markers, masks, []
+        self.answer, self.path, self.image, self.markers, self.turns = answer, path, image, markers, []
+        self.given = [path, *masks]  # all files that were opened
 
     def run(self) -> None:
         """Lines from stdin until it ends or /quit; a mistake is said, and changes nothing."""
@@ -198,7 +199,7 @@ class Chat:
             raise ValueError(f"/{name} came alone; expected /{name} FILE")
         if name in FLAGS:
             self.markers = [*self.markers, place(name, value, self.image)]
-            self.masks = [*self.masks, *files_of(name, value)]
+            self.given = [*self.given, *files_of(name, value)]
             return f"{{{len(self.markers)}}} is {phrase(self.markers[-1])}"
         if name == "undo":
             if not self.markers:
@@ -206,11 +207,12 @@ class Chat:
             *self.markers, last = self.markers
             return f"removed what was {phrase(last)}"
         if name == "show":
-            save_image(draw(self.image, self.markers), check_show(Path(value).expanduser(), self.path, *self.masks))
+            save_image(draw(self.image, self.markers), check_show(Path(value).expanduser(), *self.given))
             return f"saved {value}"
         if name == "image":
             path = Path(value).expanduser()
             self.path, self.image, self.markers = path, open_image(path), []
+            self.given = [*self.given, path]
         if name in ("image", "new"):
             self.turns = []
             size = f"{self.image.width} x {self.image.height} pixels"

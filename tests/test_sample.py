@@ -611,6 +611,19 @@ def test_a_mask_is_not_lost_to_show(here, monkeypatch):
     Path("mine.png").unlink()
 
 
+def test_an_earlier_image_is_not_lost_to_show(here, monkeypatch):
+    """Guards against the first image of a chat that is written over once there is a second, and against /show that fails
+    as an earlier image has gone."""
+    Image.new("RGB", (50, 40)).save("other.png")
+    before = Path("photo.jpg").read_bytes()
+    _, said = converse(monkeypatch, "/image other.png", "/show photo.jpg", "/image photo.jpg", "/show other.png")
+    assert all("which is an image that was given" in line for line in said[1::2]) and Path("photo.jpg").read_bytes() == before
+    monkeypatch.setattr(Echo, "__call__", lambda *args: Path("other.png").unlink() or SimpleNamespace(text=""))
+    _, said = converse(monkeypatch, "/image other.png", "What?", "/show photo.jpg", "/show new.png")
+    assert "which is an image that was given" in said[1] and said[2] == "saved new.png"
+    Path("new.png").unlink()
+
+
 def test_a_chat_that_outgrows_the_context(here, monkeypatch):
     """Guards against a chat that ends, or forgets silently, where the model's context ends."""
     lines = ["What is this thing over there?"] * 12 + ["/new", "What?"]
