@@ -10,10 +10,13 @@
 
 import argparse
 import os
+import struct
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from PIL import ExifTags, Image
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,6 +55,33 @@ def at_least(low: int, text: str) -> int:
 def out_of_memory(error: Exception) -> bool:
     """A GPU's memory has an exception of its own; for a CPU's PyTorch has but words."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+OURS = "drawn by ViP-LLaVA"  # the description of an image that a command here has written
+
+
+def check_ours(path: Path) -> None:
+    """ValueError: a file lies there that is not ours to replace: a photo, perhaps, that only exists once."""
+    if path.exists():
+        try:
+            with Image.open(path) as image:
+                ours = image.getexif().get(ExifTags.Base.ImageDescription) == OURS
+        except (OSError, SyntaxError, TypeError, struct.error, ValueError, Image.DecompressionBombError):
+            ours = False
+        if not ours:
+            raise ValueError(f"{path} is there already, and doesn't say that it was drawn here; expected another name")
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Written beside and renamed; with a description, by which `check_ours` knows it again (a BMP file has none)."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = OURS
+    beside = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        image.save(beside, quality=95, exif=exif)  # quality: of JPEG and WebP
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def complain(error: Exception) -> None:

@@ -34,7 +34,7 @@ import checkpoint
 import hub
 from chat import IMAGE, TEMPLATES, Turn, encode_chat, stop_ids
 from clip import open_image, preprocess
-from commandline import Parser, check_device, complain, out_of_memory, run
+from commandline import Parser, check_device, check_ours, complain, out_of_memory, run, save_image
 from generate import Memory, compile_steps, generate, room
 from overlay import Marker, draw, phrase
 from pointing import FLAGS, files_of, fill_in, place, short
@@ -132,17 +132,8 @@ def check_show(path: Path, *sources: Path | str) -> Path:
     if path.is_dir() or path.exists() and any(map(path.samefile, filter(os.path.exists, sources))):
         what = "a folder" if path.is_dir() else "an image that was given"
         raise ValueError(f"can't save {path}, which is {what}; expected another name")
+    check_ours(path)
     return path
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Written beside and renamed."""
-    beside = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        image.save(beside, quality=95)  # of JPEG and WebP
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 # -- a conversation --------------------------------------------------------------------------------------------------

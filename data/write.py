@@ -7,6 +7,8 @@
     python -m data.write rich examples/rich.png            another, with textures, a letter and digits
     python -m data.write three examples/three.png          a third, of three things
     python -m data.write markers examples/markers.png      the eight markers on the first
+
+Of pictures, only those that a command here has written are replaced; those in examples/ don't say so.
 """
 import contextlib
 import json
@@ -19,7 +21,7 @@ from textwrap import wrap
 
 from PIL import Image, ImageDraw
 
-from commandline import Parser, run
+from commandline import Parser, check_ours, run, save_image
 from data.questions import marker_sample
 from data.scenes import (BOLD, SHAPES, SPLITS, Background, Scene, caption, describe, generator_for, make_object, render,
                          sample_scene)
@@ -104,7 +106,7 @@ def sheet(path: str | Path, seed: int = 0, side: int = 224, columns: int = 4) ->
         x, y = i % columns * tile[0], i // columns * tile[1]
         page.paste(draw(sample.image, sample.markers), (x, y))
         ImageDraw.Draw(page).text((x + 2, y + side + 2), text, fill="black", spacing=2)
-    page.save(path)
+    save_image(page, Path(path))
 
 
 def example_scene() -> Scene:
@@ -152,7 +154,7 @@ def eight_markers(path: str | Path, side: int = 224) -> None:
         x, y = i % 4 * (side + 8), i // 4 * (side + 24)
         page.paste(draw(render(scene), [marker]).resize((side, side), Image.Resampling.BICUBIC), (x, y))
         ImageDraw.Draw(page).text((x + 2, y + side + 4), phrase(marker), fill="black")
-    page.save(path)
+    save_image(page, Path(path))
 
 
 def main(argv: list[str]) -> None:
@@ -168,12 +170,12 @@ def main(argv: list[str]) -> None:
     command.add_argument("out", help="a new or empty folder")
     command.add_argument("-n", type=int, default=200, help="records to train on, and as many to test (200)")
     pictures = {"sheet": ("twelve samples to look at", sheet),
-                "example": ("one fixed scene", lambda path: render(example_scene()).save(path)),
-                "rich": ("another", lambda path: render(rich_scene()).save(path)),
-                "three": ("a third, of three things", lambda path: render(three_things()).save(path)),
+                "example": ("one fixed scene", lambda path: save_image(render(example_scene()), path)),
+                "rich": ("another", lambda path: save_image(render(rich_scene()), path)),
+                "three": ("a third, of three things", lambda path: save_image(render(three_things()), path)),
                 "markers": ("the eight markers on it", eight_markers)}
     for name, (text, _) in pictures.items():
-        commands.add_parser(name, help=text).add_argument("out", help="the image to write, such as out.png")
+        commands.add_parser(name, help=text).add_argument("out", type=Path, help="the image to write, such as out.png")
     args = parser.parse_args(argv)
     if args.command == "records":
         if args.seed < 0:
@@ -182,6 +184,7 @@ def main(argv: list[str]) -> None:
     elif args.command == "houses":
         houses(args.out, args.n)
     else:
+        check_ours(args.out)
         pictures[args.command][1](args.out)
 
 

@@ -252,6 +252,9 @@ BAD = [  # what follows `python sample.py --image photo.jpg` (400 x 300 pixels),
     ("'What is this?' --show none/a.png", "there is no folder none"),
     ("'What is this?' --show photo.jpg", "can't save photo.jpg, which is an image that was given; expected another name"),
     ("--mask mask.png --show mask.png", "can't save mask.png, which is an image that was given"),
+    ("'What is this?' --show mask.png", "mask.png is there already, and doesn't say that it was drawn here"),
+    ("'What is this?' --show cut.jpg", "cut.jpg is there already"),
+    ("'What is this?' --show bomb.png", "bomb.png is there already"),
     (f"'{LONG}' --show a.png", "expected at most 320 in all"),
     (f"'{LONG}' --json", "expected at most 320 in all"),
 ]
@@ -387,11 +390,13 @@ def test_images_of_all_sorts(name, mode, here):
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".TIFF"])
 def test_every_promised_format_is_written(suffix, here):
-    """Guards against a name that is accepted and then can't be saved; a file that was there is replaced."""
+    """Guards against a name that is accepted and then can't be saved; a file of ours is replaced, but for BMP, which can't
+    say that it is one."""
     path = Path(f"shown{suffix}")
-    for color in ("red", "blue"):
+    again = 2 if suffix == ".bmp" else 0
+    for color, status in (("red", 0), ("blue", again)) if not again else (("blue", 0), ("red", again)):
         whole = f"0,0,400,0,400,300,0,300:alpha=1,color={color}"
-        assert ask("--image", "photo.jpg", "--mask", whole, "--show", str(path), "--max-new-tokens", "1")[0] == 0
+        assert ask("--image", "photo.jpg", "--mask", whole, "--show", str(path), "--max-new-tokens", "1")[0] == status
     saved = np.asarray(Image.open(path)).astype(int)
     assert saved.shape == (SIZE[1], SIZE[0], 3) and abs(saved - (0, 0, 255)).max() < 4
     path.unlink()
@@ -565,6 +570,7 @@ CHAT_BAD = [
     ("/image", "expected /image FILE"), ("/show", "expected /show FILE"), ("/undo 1", "/undo came with '1'; expected nothing"),
     ("/new house", "expected nothing after it"), ("/quit now", "expected nothing after it"), ("/show photo.jpg", "which is an image that was given"),
     ("/mask narrow.png", "399"),
+    ("/show mask.png", "mask.png is there already, and doesn't say that it was drawn here; expected another name"),
 ]  # fmt: skip
 
 

@@ -73,8 +73,17 @@ def test_bad_arguments_end_in_one_line(arguments, tmp_path, capsys):
 
 
 def test_sheet_and_example_are_images(tmp_path):
-    """Guards against documented commands that no longer run."""
-    for name in ("sheet", "example"):
+    """Guards against documented commands that no longer run, or that run but once."""
+    for name in ("sheet", "example", "rich", "three", "markers") * 2:
         assert run(main, [name, str(tmp_path / f"{name}.png")]) == 0
     assert Image.open(tmp_path / "sheet.png").width >= 4 * 224
     assert Image.open(tmp_path / "example.png").size == (448, 448)
+
+
+@pytest.mark.parametrize("name", ["sheet", "example", "rich", "three", "markers"])
+def test_a_picture_that_is_not_ours_is_not_replaced(name, tmp_path, capsys):
+    """Guards against a photo that is lost to a picture of that name."""
+    Image.new("RGB", (50, 40)).save(tmp_path / "photo.png")
+    before = (tmp_path / "photo.png").read_bytes()
+    assert run(main, [name, str(tmp_path / "photo.png")]) == 2 and (tmp_path / "photo.png").read_bytes() == before
+    assert "photo.png is there already, and doesn't say that it was drawn here; expected" in capsys.readouterr().err
