@@ -111,7 +111,8 @@ def place(flag: str, text: str, image: Image.Image) -> Marker:
 
 
 def fill_in(question: str | None, markers: list[Marker]) -> str:
-    """The question with marker 1's phrase for {1}, and so on; other braces are text. None asks about the first."""
+    """The question with marker 1's phrase for {1}, and so on; other braces are text. None asks about the first. ValueError:
+    there is no such marker, or another one with the same words."""
     if question is None and markers:
         question = "What is {1}?"
     if question is not None and not question.strip():
@@ -128,7 +129,11 @@ def fill_in(question: str | None, markers: list[Marker]) -> str:
         if not 1 <= number <= len(markers):
             known = " or ".join(f"{{{i}}}" for i in range(1, len(markers) + 1)) or "none, as there is no marker"
             raise ValueError(f"the question mentions marker {match[0]}; expected {known}")
-        return phrase(markers[number - 1])
+        said = phrase(markers[number - 1])
+        if same := [i for i, marker in enumerate(markers, 1) if i != number and phrase(marker) == said]:
+            raise ValueError(f'the question mentions marker {match[0]}, but {{{same[0]}}} would be "{said}", too; '
+                             "expected other kinds or colors, as in :color=blue")  # fmt: skip
+        return said
 
     return re.sub(r"\{([0-9]+)\}", words, question)
 

@@ -43,3 +43,13 @@ def test_placeholders():
         "within the rectangle or pointed to by the red arrow, {x} {} {pointed to by the red arrow}?")  # fmt: skip
     assert fill_in(None, markers) == "What is pointed to by the red arrow?"
     assert fill_in("What is this?", []) == "What is this?"
+
+
+@pytest.mark.parametrize("question", [None, "What is {1}?", "What is {3} to {2}?"])
+def test_markers_that_are_mentioned_have_words_of_their_own(question):
+    """Guards against "at the red point" where there are two of them, of which the model can't know which is meant."""
+    places = ((9, 9), "red"), ((90, 9), "blue"), ((9, 90), "red")
+    markers = [make_marker("point", at, SIZE, color=color) for at, color in places]
+    with pytest.raises(ValueError, match=r"but \{[13]\} would be \"at the red point\", too; expected other kinds or colors"):
+        fill_in(question, markers)
+    assert fill_in("Where is {2}?", markers) == "Where is at the blue point?"

@@ -207,6 +207,7 @@ BAD = [  # what follows `python sample.py --image photo.jpg` (400 x 300 pixels),
     ("''", "the question has no words"),
     ("--point 5,5 ' '", "the question has no words"),
     ("--point 5,5 --arrow 50,60 'What is {3}?'", "the question mentions marker {3}; expected {1} or {2}"),
+    ("--point 5,5 --point 50,60", '{2} would be "at the red point", too; expected other kinds or colors, as in :color=blue'),
     ("--point 5,5 'What is {0}?'", "mentions marker {0}; expected {1}"),
     ("'What is {1}?'", "expected none, as there is no marker"),
     ("What is this?", "more than one question, 'What' and 'is'; expected one, in quotes"),
@@ -580,6 +581,13 @@ def test_a_mistake_changes_nothing_in_a_chat(line, part, here, monkeypatch):
     asked, said = converse(monkeypatch, "/point 9,9", "What?", line, "Why?")
     assert len(asked) == 2 and len(asked[1][1]) == 1 and asked[1][0].size == SIZE and len(asked[1][2]) == 2
     assert said[1].startswith("error: ") and part in said[1] and len(said) == 2
+
+
+def test_two_markers_of_a_chat_with_the_same_words(here, monkeypatch):
+    """Guards against a question about "the red point" once there is a second one, and a chat that ends with it."""
+    lines = "/point 9,9", "What is {1}?", "/point 90,9", "What is {1}?", "/undo", "What is {1}?"
+    asked, said = converse(monkeypatch, *lines)
+    assert len(asked) == 2 and said[2].startswith("error: ") and 'but {2} would be "at the red point", too' in said[2]
 
 
 def test_undo_without_a_marker_help_and_show(here, monkeypatch):
