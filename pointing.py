@@ -105,6 +105,10 @@ def place(flag: str, text: str, image: Image.Image) -> Marker:
             geometry = [(x0 + x1) / 2, y0, x1, y1, x0, y1]
         placed = make_marker(kind, geometry, image.size, **style)
         draw(image, [placed])  # refuses what lies outside
+        if kind in ("arrow", "point") and not all(0 <= v < side for v, side in zip(geometry[-2:], image.size)):
+            x, y = geometry[-2:]
+            what = "tip" if kind == "arrow" else "centre"
+            raise ValueError(f"the {what} is {x:g},{y:g}; expected a place on the image, {image.width} x {image.height}")
     except (ValueError, OSError) as error:
         raise ValueError(f"{flag} {short(text)}: {error}") from None
     return placed

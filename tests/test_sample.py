@@ -155,6 +155,10 @@ BAD = [  # what follows `python sample.py --image photo.jpg` (400 x 300 pixels),
     ("--point 500,50", "lies on the image, 400 x 300"),
     ("--point -50,-50", "lies on the image"),
     ("--arrow 900,900", "lies on the image"),
+    ("--arrow 350,150,450,150", "the tip is 450,150; expected a place on the image, 400 x 300"),
+    ("--arrow 210,-1", "the tip is 210,-1; expected a place on the image"),
+    ("--point 400,50", "the centre is 400,50; expected a place on the image, 400 x 300"),
+    ("--point -0.5,50", "the centre is -0.5,50; expected a place on the image"),
     ("--rectangle 401,10,450,60", "lies on the image"),
     ("--rectangle -50,-50,450,350", "lies on the image"),
     ("--scribble 0,900,100,950", "lies on the image"),
@@ -358,8 +362,9 @@ def test_flags_are_drawn_in_their_order(order, here):
 
 
 def test_a_negative_coordinate_is_no_flag(here):
-    """Guards against argparse, which takes "-5,10,…" for an unknown flag; boxes may reach over the border."""
-    assert ask("--image", "photo.jpg", "--rectangle", "-5,10,60,70", "--max-new-tokens", "1")[0] == 0
+    """Guards against argparse, which takes "-5,10,…" for an unknown flag; boxes and tails may reach over the border."""
+    for marker in (["--rectangle", "-5,10,60,70"], ["--arrow", "-5,10,60,70"], ["--point", "399.5,299.5"]):
+        assert ask("--image", "photo.jpg", *marker, "--max-new-tokens", "1")[0] == 0
 
 
 def test_a_marker_is_placed_on_the_image_that_a_person_sees(here):
