@@ -72,6 +72,8 @@ def read_mask(path: str) -> np.ndarray:
     """The pixels of an image file that are neither black nor transparent, (H, W) bool."""
     open_image(path)  # says it when that is no image
     with Image.open(path) as image:
+        if image.format in ("JPEG", "MPO"):  # MPO: several JPEGs in one file
+            raise ValueError(f"{path} is a JPEG file; expected PNG, as JPEG changes pixels")
         image = _turned(image)
         if image.mode[0] in "1LIF" and not image.has_transparency_data:  # numbers, of which 1 of 65535 counts too
             return np.asarray(image) != 0

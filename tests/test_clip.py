@@ -480,6 +480,14 @@ def test_a_mask_is_what_is_not_0(mode, tmp_path):
     assert (read_mask(tmp_path / "some.png") == true).all()
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "MPO"])
+def test_a_mask_is_no_jpeg(kind, tmp_path):
+    """Guards against a mask with stray pixels around it, of the values that JPEG makes out of 0."""
+    Image.new("L", (60, 40)).save(tmp_path / "some.png", kind)
+    with pytest.raises(ValueError, match="some.png is a JPEG file; expected PNG, as JPEG changes pixels"):
+        read_mask(tmp_path / "some.png")
+
+
 def test_an_open_image_stays_usable(tmp_path):
     """Guards against: pixels that are read lazily from a file that was closed."""
     image = open_image(saved(tmp_path, picture(), "a.png"))
