@@ -93,8 +93,11 @@ def complain(error: Exception) -> None:
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """main(argv), by default of what was typed, and the exit status: 0, 2 after a mistake, 130 after Ctrl-C, 141 where
     nobody reads on, as in `… | head -1`."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, mode))
     if argv is None:
-        for stream in filter(None, (sys.stdin, sys.stdout)):
+        for stream in (sys.stdin, sys.stdout):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     try:
         main(sys.argv[1:] if argv is None else argv)

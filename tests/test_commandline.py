@@ -69,6 +69,18 @@ def test_nobody_reads_on():
     assert process.stderr.read() == "" and process.wait(60) == 141
 
 
+@pytest.mark.parametrize("closed, body, status", [
+    ("<&-", "print(sys.stdin.read())", 0), (">&-", "print(1)", 0), ("2>&-", "open('nosuch')", 2),
+    ("<&- >&- 2>&-", "print(sys.stdin.read())", 0),
+])  # fmt: skip
+def test_a_stream_that_is_closed_is_empty(closed, body, status):
+    """Guards against a traceback where there is no stream, and an error's line on stdout, among the answers."""
+    code = f"import sys; from commandline import run; sys.exit(run(lambda argv: {body}))"
+    command = ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code]
+    process = subprocess.run(command, cwd=ROOT, text=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    assert process.returncode == status and process.stdout.strip() == "" and process.stderr == ""
+
+
 @pytest.mark.parametrize("name", ["cuda:99", "meta", "abacus", "cpu:3"])
 def test_a_device_that_is_not_here_is_refused(name):
     """Guards against a device that is taken for another, or that is only missed when the weights have been read."""
