@@ -34,6 +34,7 @@ import lora
 import quant
 from chat import stop_ids
 from clip import CLIP
+from commandline import check_device
 from files import Part, weight_files, write_tensors
 from hub import find
 from layouts import (CLIP_REST, FIVE, METHOD, OFFICIAL, clip_config_json, clip_configs, clip_name, config_json,
@@ -175,6 +176,8 @@ class Unfilled(TorchFunctionMode):
 def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=(), quantize="") -> nn.Module:
     """Give a model on the meta device its weights: from files, and from `fresh`, our names -> tensors; eval mode.
     quantize: as each is read, see quant.py."""
+    if dtype not in (None, "stored") and not getattr(dtype, "is_floating_point", False):
+        raise ValueError(f'dtype is {dtype!r}; expected torch.float32, torch.bfloat16, torch.float16, "stored" or None')
     fresh = dict(fresh)
     found = {name: tuple(x.shape) for name, x in fresh.items()}
     for part in parts:
@@ -192,7 +195,7 @@ def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=(), quantize=
 
     if quantize:
         quant.swap(model, quantize)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device(device)
     size = sum(p.numel() for p in model.parameters()) + sum(x.nbytes for x in model.buffers()) // 4
     stored = parts[0].dtype
     dtype = stored if dtype == "stored" else dtype or default_dtype(device, size, stored)

@@ -556,6 +556,18 @@ def test_default_dtype():
         assert checkpoint.default_dtype(cuda, 10**6, stored) == stored
 
 
+@pytest.mark.parametrize("options, words", [
+    ({"dtype": "bf16"}, "dtype is 'bf16'; expected torch.float32, torch.bfloat16, torch.float16"),
+    ({"dtype": torch.int8}, "dtype is torch.int8; expected torch.float32"),
+    ({"device": "gpu"}, "no device 'gpu' here; expected cpu"),
+    ({"device": "cuda:99"}, "no device 'cuda:99' here; expected cpu"),
+])  # fmt: skip
+def test_what_no_model_can_be_loaded_as_is_refused(tmp_path, model, options, words):
+    """Guards against: weights rounded to whole numbers, and errors of PyTorch's about a device or dtype."""
+    with pytest.raises(ValueError, match=words):
+        checkpoint.load(write(tmp_path, HF, tensors_of(model, str)), **{"device": "cpu"} | options)
+
+
 MEASURE = """
 import sys, torch, checkpoint
 peak = lambda: 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
