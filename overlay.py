@@ -40,6 +40,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -165,6 +166,12 @@ class Marker:
 
     def __post_init__(self):
         check_kind(self.kind)
+        radii = self.radii if isinstance(self.radii, (tuple, list)) else (self.radii,)
+        for name, value in (("alpha", self.alpha), ("width", self.width), ("head", self.head), *(("radii", r) for r in radii)):
+            if not isinstance(value, Real):
+                raise ValueError(f"{name} needs a number, got {value!r}")
+        if len(radii) != 2:
+            raise ValueError(f"radii need rx and ry, got {self.radii}")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha needs to lie within 0..1, got {self.alpha}")
         if not 0 < self.width <= LIMIT:
@@ -213,6 +220,8 @@ def phrase(marker: Marker) -> str:
 
 def scale_of(size: tuple[int, int]) -> float:
     """The unit s of all widths and lengths, max(width, height) / 336, for an image of `size` = (width, height)."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or not min(size) > 0:
+        raise ValueError(f"size is {size!r}; expected an image's width and height, of 1 or more pixels")
     return max(size) / 336
 
 
@@ -600,6 +609,8 @@ def _on_image(m, size):
 def draw(image: Image.Image, markers: Iterable[Marker]) -> Image.Image:
     """A new RGB image with the markers blended onto it in order; all other pixels keep their values. ValueError for a
     marker of which nothing lies on the image, and for a bitmap that is not of the image's size."""
+    if isinstance(markers, Marker):
+        raise ValueError(f"draw got one marker, {phrase(markers)}; expected a list of markers")
     image = image.copy() if image.mode == "RGB" else image.convert("RGB")
     for m in markers:
         _check_size(m.mask, image.size)
