@@ -124,6 +124,8 @@ def preprocess(image: Image.Image, size: int, mode: str = "pad") -> torch.Tensor
     """
     if image.mode != "RGB":
         raise ValueError(f"preprocess got a {image.mode} image; expected RGB, as upright() returns")
+    if size < 1:
+        raise ValueError(f"preprocess got the size {size}; expected 1 pixel or more")
     w, h = image.size
     square = max(w, h) * (size if w > h else h)  # wide images are resized first, see below
     between = {"pad": square, "crop": size * size * max(w, h) // min(w, h)}.get(mode, 0)  # pixels on the way

@@ -212,11 +212,14 @@ def test_squeeze_ignores_the_aspect_ratio():
     assert np.abs(ours.permute(1, 2, 0).numpy() - (small - MEAN) / STD).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("image, mode, words", [("RGB", "fit", "unknown mode 'fit'; expected"), ("L", "pad", "RGB")])
-def test_preprocess_refuses(image, mode, words):
+@pytest.mark.parametrize("image, size, mode, words", [
+    ("RGB", 8, "fit", "unknown mode 'fit'; expected"), ("L", 8, "pad", "RGB"),
+    ("RGB", 0, "pad", "the size 0; expected 1 pixel or more"),
+])  # fmt: skip
+def test_preprocess_refuses(image, size, mode, words):
     """Guards against: a typing error in the mode read as another mode, a grey image with a shape that is not ours."""
     with pytest.raises(ValueError, match=words):
-        preprocess(Image.new(image, (8, 8)), 8, mode)
+        preprocess(Image.new(image, (8, 8)), size, mode)
 
 
 # -- open_image and upright ------------------------------------------------------------------------------------------
