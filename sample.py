@@ -45,6 +45,8 @@ from vipllava import expand
 def ask(model, tokenizer, image, markers, turns, **sampling) -> Iterator[tuple[int | None, str]]:
     """Answer the last of `turns` about the marked image: pairs of a new id and the text that it makes certain, and at
     last None and the text that was still held back. sampling: max_new_tokens and so on, see generate.py."""
+    if turns and turns[-1].answer is not None:
+        raise ValueError(f"the last turn has an answer, {short(turns[-1].answer)}; expected a question alone")
     config = model.config
     marked = draw(image, markers)  # the method: what is meant is drawn
     pixels = preprocess(marked, config.vision.image_size)[None]  # (1, 3, S, S)

@@ -466,6 +466,14 @@ def test_the_marked_pixels_reach_the_model(here):
     assert seen[0].shape == (1, 3, 28, 28) and (seen[0] != seen[1]).any()
 
 
+def test_a_question_that_is_answered_is_refused(here):
+    """Guards against a model that goes on after an answer's end, where a turn was meant to have no answer."""
+    model, tokenizer = checkpoint.load("model")
+    turns = [Turn("What is this?", "A dog.", image=True)]
+    with pytest.raises(ValueError, match="the last turn has an answer, 'A dog.'; expected a question alone"):
+        sample.ask(model, tokenizer, open_image("photo.jpg"), [], turns)
+
+
 def test_a_seed_repeats_an_answer(here):
     """Guards against a seed or a temperature that is ignored: two of 30 random tokens are not equal by chance."""
     argv = ["--image", "photo.jpg", "What?", "--temperature", "1.5", "--max-new-tokens", "30"]
