@@ -116,7 +116,7 @@ def place(flag: str, text: str, image: Image.Image) -> Marker:
 
 def fill_in(question: str | None, markers: list[Marker]) -> str:
     """The question with marker 1's phrase for {1}, and so on; other braces are text. None asks about the first. ValueError:
-    there is no such marker, or another one with the same words."""
+    there is no such marker, or another one with the same words; or {} or { 1 }, where there are markers."""
     if question is None and markers:
         question = "What is {1}?"
     if question is not None and not question.strip():
@@ -129,7 +129,10 @@ def fill_in(question: str | None, markers: list[Marker]) -> str:
         raise ValueError(f"the question has {question[error.start]!r}, half a character; expected Unicode") from None
 
     def words(match):
-        number = int(match[1])
+        proper = re.fullmatch("[0-9]+", match[1])
+        if not proper and not markers:
+            return match[0]
+        number = int(match[1]) if proper else 0
         if not 1 <= number <= len(markers):
             known = " or ".join(f"{{{i}}}" for i in range(1, len(markers) + 1)) or "none, as there is no marker"
             raise ValueError(f"the question mentions marker {match[0]}; expected {known}")
@@ -139,7 +142,7 @@ def fill_in(question: str | None, markers: list[Marker]) -> str:
                              "expected other kinds or colors, as in :color=blue")  # fmt: skip
         return said
 
-    return re.sub(r"\{([0-9]+)\}", words, question)
+    return re.sub(r"\{(\s*\d*\s*)\}", words, question)
 
 
 def short(text: str) -> str:

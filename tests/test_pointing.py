@@ -39,10 +39,10 @@ def test_every_kind_has_a_flag():
 def test_placeholders():
     """Guards against phrases in the wrong order, and against braces that are no placeholder being read as one."""
     markers = [make_marker("arrow", [9, 9], SIZE), make_marker("rectangle", [1, 2, 3, 4], SIZE, color="#102030")]
-    assert fill_in("{2} or {1}, {x} {} {{1}}?", markers) == (
-        "within the rectangle or pointed to by the red arrow, {x} {} {pointed to by the red arrow}?")  # fmt: skip
+    assert fill_in("{2} or {1}, {x} {-1} {{1}}?", markers) == (
+        "within the rectangle or pointed to by the red arrow, {x} {-1} {pointed to by the red arrow}?")  # fmt: skip
     assert fill_in(None, markers) == "What is pointed to by the red arrow?"
-    assert fill_in("What is this?", []) == "What is this?"
+    assert fill_in("What is this? {} { 1 }", []) == "What is this? {} { 1 }"
 
 
 @pytest.mark.parametrize("question", [None, "What is {1}?", "What is {3} to {2}?"])
