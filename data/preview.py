@@ -7,9 +7,10 @@ import itertools
 import re
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps
 
 from chat import IMAGE
+from commandline import check_ours, save_image
 from data.batches import encode_prompt
 from data.records import Records
 from overlay import draw
@@ -27,21 +28,11 @@ def pieces(tokenizer: Tokenizer, ids: list[int], trained: list[bool]) -> list[tu
     return runs
 
 
-TITLE = "a preview of records"
-
-
 def check_sheet(out: Path) -> None:
-    """ValueError: not a name for a sheet, or another file lies there: a photo, perhaps, that only exists once."""
+    """ValueError: not a name for a sheet, or a file lies there that is not ours."""
     if out.suffix.lower() != ".png" or not out.parent.is_dir():
         raise ValueError(f"can't write a sheet as {out}; expected a name that ends in .png, in a folder that exists")
-    if out.exists():
-        try:
-            with Image.open(out) as image:
-                mine = image.info.get("Title") == TITLE
-        except (OSError, SyntaxError, ValueError):
-            mine = False
-        if not mine:
-            raise ValueError(f"{out} is there already, and is no preview; expected another name")
+    check_ours(out)
 
 
 def preview(path: Path, images: Path, n: int, out: Path, tokenizer: Tokenizer, template: str, side: int = 320) -> None:
@@ -71,9 +62,7 @@ def preview(path: Path, images: Path, n: int, out: Path, tokenizer: Tokenizer, t
     for y, row in zip([0, *itertools.accumulate(heights)], rows):
         for column, tile in enumerate(row):
             page.paste(tile, (column * (side + 8), y))
-    about = PngImagePlugin.PngInfo()
-    about.add_text("Title", TITLE)
-    page.save(out, pnginfo=about)
+    save_image(page, out)
 
 
 def write_runs(tile: Image.Image, y: int, runs: list[tuple[str, bool]]) -> int:

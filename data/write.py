@@ -8,7 +8,7 @@
     python -m data.write three examples/three.png          a third, of three things
     python -m data.write markers examples/markers.png      the eight markers on the first
 
-Of pictures, only those that a command here has written are replaced; those in examples/ don't say so.
+Of pictures, only those that a command here has written are replaced.
 """
 import contextlib
 import json

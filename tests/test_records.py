@@ -366,7 +366,7 @@ def test_a_preview_replaces_previews_only(images, capsys):
     """Guards against a photo that is lost to a sheet of that name."""
     (images / "mix.json").write_text(json.dumps([OFFICIAL["refcocog"]]))
     photo, argv = (images / "a.png").read_bytes(), ["preview", str(images / "mix.json"), "--images", str(images), "--out"]
-    assert run(records.main, [*argv, str(images / "a.png")]) == 2 and "is no preview" in capsys.readouterr().err
+    assert run(records.main, [*argv, str(images / "a.png")]) == 2 and "doesn't say that it was drawn here" in capsys.readouterr().err
     assert run(records.main, [*argv, str(images / "mix.json")]) == 2 and "ends in .png" in capsys.readouterr().err
     assert (images / "a.png").read_bytes() == photo
     assert [run(records.main, [*argv, str(images / "sheet.png")]) for _ in range(2)] == [0, 0]
