@@ -436,13 +436,13 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
     if args.valid and (isinstance(source, SceneSource) or recipe.template == "plain"):
         what = "with the template plain, in which nothing is asked" if recipe.template == "plain" else "with drawn scenes"
         raise ValueError(f"--valid came {what}; expected records with questions to train on")
-    kept = checkpoint.stored_dtype(args.model) if args.model else torch.float32
-    # What is frozen may be rounded where it came in 16 bits, or where only an adapter is written.
-    frozen = low if kept.itemsize == 2 or recipe.train == "lora" else torch.float32
-    stored = frozen if recipe.train in ("lora", "projector") else torch.float32
+    stored = {"lora": low, "projector": "stored"}.get(recipe.train, torch.float32)
     model, tokenizer = checkpoint.load(args.model, place.device, stored) if args.model else tiny_model(recipe)
     if model.config.quantized:
         raise ValueError(f"{args.model} is {model.config.quantized}; expected 16 or 32 bits a weight")
+    kept = checkpoint.stored_dtype(args.model) if args.model else torch.float32
+    # What is frozen may be rounded where it came in 16 bits, or where only an adapter is written.
+    frozen = low if kept.itemsize == 2 or recipe.train == "lora" else torch.float32
     origin = {"the base's digest": lora.digest(model)} if args.model else {}
     if args.clip:
         take_tower(model, args.clip)
