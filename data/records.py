@@ -168,6 +168,8 @@ def size_of(path: Path) -> tuple[int, int]:
             with Image.open(path) as image:
                 if image.format == "TIFF":  # Pillow itself turns one as it is loaded, and takes away its tag
                     image.load()
+                if image.mode == "F":
+                    raise ValueError(f"{path} has floating-point pixels; expected 8 or 16 bits")
                 width, height = image.size
                 return (height, width) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

@@ -337,6 +337,13 @@ def test_a_damaged_image_is_a_bad_record(images):
         sample.image
 
 
+def test_an_image_of_floats_is_a_bad_record(images):
+    """Guards against a check that calls good what training refuses: no pixel is needed to see it."""
+    Image.new("F", SIZE).save(images / "float.tif")
+    with pytest.raises(ValueError, match="float.tif has floating-point pixels; expected 8 or 16 bits"):
+        records.size_of(images / "float.tif")
+
+
 def test_check_names_every_bad_record(images, capsys):
     """Guards against a check that stops at the first bad record, or counts them as good."""
     mix = [*OFFICIAL.values(), {"id": "odd"}, dict(OFFICIAL["v7w"], image="none.png"), 7]
