@@ -175,6 +175,7 @@ def ask(benchmark: Benchmark, args, numbers: Sequence[int] | None = None) -> lis
         raise ValueError(f"no records in {args.data}")
     done = {line["metadata"]["record"]: line for line in read_lines(path, ["metadata"]) if "error" not in line["metadata"]}
     missing = [k for k in numbers if k not in done]
+    made = [folder for folder in (args.out, *args.out.parents) if not folder.exists()]
     check_settings(args)
     if path.is_file():  # what was bad is asked again, and half a line is dropped
         write_lines(path, list(done.values()))
@@ -184,11 +185,12 @@ def ask(benchmark: Benchmark, args, numbers: Sequence[int] | None = None) -> lis
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(map(dumps, lines))
     if all("error" in done[k]["metadata"] for k in numbers):
-        if all("error" in line["metadata"] for line in done.values()):  # else the right command would be refused here
+        if not has_answers(args.out):
             path.unlink()
             (args.out / "run.json").unlink()
-            with contextlib.suppress(OSError):
-                args.out.rmdir()  # where nothing else is in it
+            with contextlib.suppress(OSError):  # something else is in it
+                for folder in made:
+                    folder.rmdir()
         about = done[numbers[0]]["metadata"]
         raise ValueError(f"all {len(numbers)} records of {args.data} are bad; {about['where']}: {about['error']}")
     return [done[k] for k in numbers]
@@ -281,8 +283,14 @@ def read_lines(path: Path, needed: Sequence[str] = ()) -> list[dict]:
         raise ValueError(f"{path} can't be read; expected lines of JSON: take it away, or give another --out") from None
 
 
+def has_answers(folder: Path) -> bool:
+    """Does a file there hold more than what was said of bad records? Other lines than ours, such as records, don't count."""
+    abouts = [line.get("metadata") for file in folder.glob("*.jsonl") for line in read_lines(file)]
+    return any(isinstance(about, dict) and "error" not in about for about in abouts)
+
+
 def check_settings(args) -> None:
-    """OUT/run.json says what the answers beside it are of; all of it must be the same."""
+    """OUT/run.json says what the answers beside it are of; all of it must be the same. Without answers, it says nothing."""
     folder = find(args.model)
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
                for pattern in ("*.safetensors", "*.bin") for file in sorted(folder.glob(pattern))]  # fmt: skip
@@ -293,12 +301,11 @@ def check_settings(args) -> None:
         before = read_json(path)
         if not isinstance(before, dict):
             raise ValueError(f"{path} is not of a run; expected another --out")
-        for key in settings:
-            if settings[key] != before.get(key):
-                difference = f"{key} {before.get(key)}, now {settings[key]}"
-                raise ValueError(f"{args.out} holds answers of another run ({difference}); expected the same, or "
-                                 "another --out")  # fmt: skip
-        return
+        differences = [f"{key} {before.get(key)}, now {settings[key]}" for key in settings if settings[key] != before.get(key)]
+        if not differences:
+            return
+        if has_answers(args.out) or not {"model", "weights", "data"} <= before.keys():
+            raise ValueError(f"{args.out} holds answers of another run ({differences[0]}); expected the same, or another --out")
     args.out.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(settings, indent=1) + "\n")
 

@@ -152,6 +152,33 @@ def test_nothing_is_left_where_all_is_bad(world, tmp_path, monkeypatch, capsys):
     assert evaluate("visual7w", world, tmp_path / "out", "--images", str(tmp_path)) == 2
     assert f"all {N} records of" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert evaluate("visual7w", world, tmp_path / "out") == 0
+    assert evaluate("visual7w", world, tmp_path / "new/out", "--images", str(tmp_path)) == 2 and not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/mine.jsonl").write_text('{"id": 1}\n')
+    assert evaluate("visual7w", world, tmp_path / "old", "--images", str(tmp_path)) == 2
+    assert [file.name for file in (tmp_path / "old").iterdir()] == ["mine.jsonl"]
+
+
+def test_what_a_cut_run_of_bad_records_leaves_is_no_run(world, first_run, tmp_path):
+    """Guards against: a slip that was cut with Ctrl-C, after which the right command is refused; and a file of the same
+    name that is somebody else's."""
+    settings = json.loads((first_run / "visual7w/run.json").read_text()) | {"images": "elsewhere"}
+    benchmark.write_lines(tmp_path / "answers.jsonl", [{"metadata": {"record": 0, "error": "none"}}])
+    (tmp_path / "run.json").write_text('{"name": "mine"}')
+    assert evaluate("visual7w", world, tmp_path) == 2 and (tmp_path / "run.json").read_text() == '{"name": "mine"}'
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    assert evaluate("visual7w", world, tmp_path) == 0
+    assert texts(tmp_path, "visual7w") == texts(first_run / "visual7w", "visual7w")
+
+
+def test_answers_beside_bad_records_keep_their_settings(world, tmp_path, monkeypatch):
+    """Guards against answers of VCR's first half that lose what they are of where all of its second half is bad."""
+    records = [record | {"rationale_label": 9} for record in json.loads((world / "vcr-val.json").read_text())]
+    shutil.copytree(world, tmp_path / "world")
+    (tmp_path / "world/vcr-val.json").write_text(json.dumps(records))
+    respond(monkeypatch, lambda sample: sample.turns[0].answer)
+    assert evaluate("vcr", tmp_path / "world", tmp_path / "out") == 2
+    assert (tmp_path / "out/qa.jsonl").is_file() and (tmp_path / "out/run.json").is_file()
 
 
 @pytest.mark.parametrize("name", EVALUATORS)
