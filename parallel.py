@@ -121,7 +121,8 @@ def spread(objective: Objective, parallel: str, place: Place) -> nn.Module:
         kept = objective.low if objective.low != torch.float32 else None
         shard = functools.partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(kept, torch.float32))
         model = objective.model
-        for block in (*model.llama.layers, *model.vision.layers[: model.config.depth]):  # it fails over one that never runs
+        used = model.vision.layers[: model.config.depth]  # with several micro-batches FSDP2 fails over a block that never runs
+        for block in (*model.llama.layers, *used):
             shard(block)
         return shard(objective)
     if place.world > 1:
