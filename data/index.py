@@ -91,6 +91,8 @@ class JSONFile(Sequence):
         self._file.seek(start)
         try:
             record = json.loads(self._file.read(end - start))
+        except RecursionError:
+            raise ValueError(f"{self.where(i)} is nested too deeply; expected a record") from None
         except ValueError as error:
             form = "expected an array of objects, or one whole object a line"
             raise ValueError(f"{self.where(i)} is not valid JSON ({error}); {form}") from None

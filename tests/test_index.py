@@ -39,15 +39,16 @@ def test_an_array_as_a_sequence(tmp_path, monkeypatch, window, indent, ascii):
 def test_json_lines(tmp_path):
     """Guards against blank lines counted as records, and against a damaged line that takes the others with it."""
     path, wanted = tmp_path / "a.jsonl", records(3)
-    lines = [json.dumps(wanted[0]), "", '{"half": ', json.dumps(wanted[1]), "[1]", json.dumps(wanted[2])]
+    lines = [json.dumps(wanted[0]), "", '{"half": ', json.dumps(wanted[1]), "[1]", json.dumps(wanted[2]), '{"x": ' + "[" * 100_000]
     path.write_text("\n".join(lines))
     file = JSONFile(path)
-    assert [file[i] for i in (0, 2, 4)] == wanted and [file.line(i) for i in range(5)] == [1, 3, 4, 5, 6]
-    for i, words in ((1, "line 3 is not valid JSON"), (3, "line 5 holds a list; expected an object")):
+    assert [file[i] for i in (0, 2, 4)] == wanted and [file.line(i) for i in range(6)] == [1, 3, 4, 5, 6, 7]
+    for i, words in ((1, "line 3 is not valid JSON"), (3, "line 5 holds a list; expected an object"),
+                     (5, "line 7 is nested too deeply; expected")):
         with pytest.raises(ValueError, match=words):
             file[i]
     with pytest.raises(IndexError):
-        file[5]
+        file[6]
 
 
 def test_where_a_record_stands(tmp_path):
