@@ -3,16 +3,17 @@
     python -m bench.speed --size 1b                                    on a CPU: 16 bits, 8, 4, and 32
     python -m bench.speed --size 7b --compile --gpt-fast ../gpt-fast   on a GPU; beside gpt-fast's commit 32971d3, too
     python -m bench.speed --size 7b --layers 4 --compile               its shapes, in a fraction of the time
+    python -m bench.speed --size 7b --alone --precision bfloat16 --measure load
     python -m bench.speed --size tiny --tokens 8 --repeat 1            does it run?
 
-| measure     | what is timed                                                                             |
-| ----------- | ----------------------------------------------------------------------------------------- |
-| load        | from a folder to a model                                                                  |
-| … touched   | and until a number of each page of its weights has been read                              |
-| prefill     | from pixels and ids (the image, and --words after it) to the first token                  |
-| decode      | a token after that, the mean of --tokens                                                  |
-| second turn | of a chat, to its first token: with what is kept of the first, against starting over      |
-| images      | --images pictures at once through CLIP and the projector                                  |
+| --measure | line        | what is timed                                                                         |
+| --------- | ----------- | ------------------------------------------------------------------------------------- |
+| answer    | prefill     | from pixels and ids (the image, and --words after it) to the first token              |
+|           | decode      | a token after that, the mean of --tokens                                              |
+| look      | images      | --images pictures at once through CLIP and the projector                              |
+| turn      | second turn | of a chat, to its first token: with what is kept of the first, against starting over  |
+| load      | load        | from a folder to a model                                                              |
+|           | … touched   | and until a number of each page of its weights has been read                          |
 
 Each side (answering.py) is a process; they take turns, and what counts are medians after a warm-up, in which whatever
 is compiled is compiled (its time is told). Limits are measured in the same run: for decode the bytes that a token has
@@ -42,6 +43,7 @@ from bench.training import matmul_tflops
 from commandline import Parser, check_device, run
 from vipllava import ViPLLaVAConfig
 
+MEASURES = ("answer", "look", "turn", "load")
 WIDTHS = ("bfloat16", "float32")  # of large matrix products
 
 
@@ -105,19 +107,22 @@ def race(args: argparse.Namespace, folder: str, sides: list[tuple[str, str]]) ->
 
     for side in open_sides:
         side.start()
-    for side in open_sides:
-        began = time.perf_counter()
-        side("answer")
-        found[side.name]["warm-up"] = time.perf_counter() - began
-        side("answer")  # a GPU's steps are recorded now
-        print(f"{side.name}: ready after {found[side.name]['warm-up']:.1f} s", file=sys.stderr)
-    measure("answer", open_sides)
-    measure("look", seeing, warm=2)
-    measure("turn", [side for side in open_sides if side.name.startswith("ours")], warm=2)
-    for side in open_sides:
-        if side.name.startswith("ours"):
-            found[side.name]["read"] = side("read")
-    if args.load:
+    if "answer" in args.measure:
+        for side in open_sides:
+            began = time.perf_counter()
+            side("answer")
+            found[side.name]["warm-up"] = time.perf_counter() - began
+            side("answer")  # a GPU's steps are recorded now
+            print(f"{side.name}: ready after {found[side.name]['warm-up']:.1f} s", file=sys.stderr)
+        measure("answer", open_sides)
+    if "look" in args.measure:
+        measure("look", seeing, warm=2)
+    ours = [side for side in open_sides if side.name.startswith("ours")]
+    if "turn" in args.measure:
+        measure("turn", ours, warm=2)
+    for side in ours:
+        found[side.name]["read"] = side("read")
+    if "load" in args.measure:
         measure("load", seeing, warm=1)
     for side in open_sides:
         side.stop()
@@ -142,7 +147,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--gpt-fast", type=Path, help="a clone of it, to compare decode with, too")
     parser.add_argument("--alone", action="store_true", help="without transformers")
     parser.add_argument("--compile", action="store_true", help="our steps by torch.compile")
-    parser.add_argument("--no-load", dest="load", action="store_false", help="don't time loading")
+    parser.add_argument("--measure", nargs="+", choices=MEASURES, default=MEASURES, help="what is timed (all)")
     parser.add_argument("--device")
     args = parser.parse_args(argv)
     args.device = check_device(args.device)
@@ -174,7 +179,7 @@ def main(argv: list[str]) -> None:
 
 def differing(results: dict[str, dict]) -> list[str]:
     """Who said other tokens than before, and where both sides should have said the same in 32 bits and didn't."""
-    said = {side: [answer[2] for answer in found["answers"]] for side, found in results.items()}
+    said = {side: [answer[2] for answer in found["answers"]] for side, found in results.items() if found["answers"]}
     wrong = [f"{side} said {first}, then {other}; expected the same each time"
              for side, (first, *others) in said.items() for other in others if other != first]  # fmt: skip
     mine, theirs = (said.get(f"{name} float32", [None])[0] for name in ("ours", "transformers"))
@@ -205,27 +210,29 @@ def report(args, config, results, peers, speed: float, peak: dict[str, float]) -
             continue
         wide = "float32" if precision == "float32" else "bfloat16"
         rivals = [results[f"{peer} {wide}"] for peer in peers]
-        first, later = (median([answer[k] for answer in found["answers"]]) for k in (0, 1))
-        theirs = [[median([answer[k] for answer in rival["answers"]]) for rival in rivals] for k in (0, 1)]
-        line(f"decode {precision}", later, theirs[1], found["read"] / later / speed)
-        line(f"prefill {precision}", first, theirs[0], flops / first / 1e12 / most[wide])
-        if not precision.startswith("int"):
+        if found["answers"]:
+            first, later = (median([answer[k] for answer in found["answers"]]) for k in (0, 1))
+            theirs = [[median([answer[k] for answer in rival["answers"]]) for rival in rivals] for k in (0, 1)]
+            line(f"decode {precision}", later, theirs[1], found["read"] / later / speed)
+            line(f"prefill {precision}", first, theirs[0], flops / first / 1e12 / most[wide])
+        if found["looks"] and not precision.startswith("int"):
             seen, *others = (median(side["looks"]) for side in (found, *rivals))
             share = args.images * image_flops(config) / seen / 1e12 / most[wide]
             line(f"{args.images} image{'s' * (args.images > 1)} {precision}", seen, others, share)
         for k, what in enumerate((f"load {precision}", "… touched")) if found["loads"] else ():
             mine, *others = (median([load[k] for load in side["loads"]]) for side in (found, *rivals))
             line(what, mine, others)
-        with_memory, anew = (median([turn[k] for turn in found["turns"]]) for k in (0, 1))
-        print(f"{f'second turn {precision}':22}{1e3 * with_memory:9.2f} ms; starting over {1e3 * anew:.2f} ms, {anew / with_memory:.1f} times")
-        tokens = found["answers"][0][2]
-        if "transformers" in peers:
-            other = rivals[0]["answers"][0][2]
+        if found["turns"]:
+            with_memory, anew = (median([turn[k] for turn in found["turns"]]) for k in (0, 1))
+            print(f"{f'second turn {precision}':22}{1e3 * with_memory:9.2f} ms; starting over {1e3 * anew:.2f} ms, "
+                  f"{anew / with_memory:.1f} times")  # fmt: skip
+        if found["answers"] and "transformers" in peers:
+            tokens, other = (side["answers"][0][2] for side in (found, rivals[0]))
             same = next((i for i, (a, b) in enumerate(zip(tokens, other)) if a != b), len(tokens))
             print(f"{'':22}the first {same} of {len(tokens)} tokens are those of transformers")
-        print(f"{'':22}peak memory {found['peak'] / 1e9:.2f} GB; "
-              + "".join(f"{peer} {rival['peak'] / 1e9:.2f} GB; " for peer, rival in zip(peers, rivals))
-              + f"first call {found['warm-up']:.1f} s", flush=True)  # fmt: skip
+        first_call = f"first call {found['warm-up']:.1f} s" if found["answers"] else ""
+        memory = [f"peak memory {found['peak'] / 1e9:.2f} GB", *(f"{peer} {r['peak'] / 1e9:.2f} GB" for peer, r in zip(peers, rivals))]
+        print(f"{'':22}" + "; ".join(filter(None, [*memory, first_call])), flush=True)
 
 
 if __name__ == "__main__":
