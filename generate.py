@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -240,13 +241,29 @@ def replayed_decode(llama: Llama) -> Callable:
     are tuned, and once what a product reads is computed before it, not by each of its rows anew."""
     from torch._inductor import config  # not before it is needed: it takes long
 
-    plain = llama.decode
+    plain, places, compiled = llama.decode, llama.places, torch.compile(llama.places)
+    llama.places = lambda embeds, *more: (compiled if embeds.size(1) == 1 else places)(embeds, *more)
+    for block in llama.layers:
+        for layer in (block.self_attn.o_proj, block.mlp.down_proj):  # others have company in their kernel
+            if type(layer) is nn.Linear:
+                layer.__class__ = QuarteredLinear
 
     def decode(ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
         with config.patch(coordinate_descent_tuning=True, realize_reads_threshold=1), sdpa_kernel(SDPBackend.MATH):
             return plain(ids, cache)
 
     return Replayed(decode)
+
+
+class QuarteredLinear(nn.Linear):
+    """Of one row the compiler makes a loop over the inputs, for which a GPU fetches too little at a time: here a step takes one
+    of each quarter."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() != self.in_features or self.in_features % 4 or not torch.compiler.is_compiling():
+            return super().forward(x)
+        a, b, c, d = (u * w for u, w in zip(x.flatten().float().chunk(4), self.weight.float().chunk(4, dim=1)))
+        return (a + b + c + d).sum(dim=1).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 class Replayed:

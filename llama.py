@@ -200,7 +200,17 @@ class Llama(nn.Module):
         never looks back from). With a cache they follow the tokens in it; `fresh`: there are none, nor is any row padded
         on the left, so that attention is plainly causal.
         """
-        B, T, C = embeds.size()
+        slots, mask, cos, sin = self.places(embeds, cache, fresh)
+        x = embeds
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, mask, None if cache is None else cache.layers[i], slots)
+        if cache is not None:
+            cache.length += embeds.size(1)
+        return self.norm(x)
+
+    def places(self, embeds: torch.Tensor, cache: KVCache | None, fresh: bool = False):
+        """Of tokens (B, T, C): their slots (T,), which slots they may see, (B, 1, T, S), and their rope_table."""
+        T = embeds.size(1)
         slots = torch.arange(T, device=embeds.device)  # (T,)
         if cache is None or fresh and not self._windowed(T):
             positions = slots[None]  # (1, T)
@@ -208,13 +218,7 @@ class Llama(nn.Module):
         else:
             slots = cache.length + slots
             positions, mask = cache.positions(slots), self._cached_mask(slots, cache)  # (B, T), (B, 1, T, S)
-        cos, sin = rope_table(positions, self.config, embeds.dtype)
-        x = embeds
-        for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, mask, None if cache is None else cache.layers[i], slots)
-        if cache is not None:
-            cache.length += T
-        return self.norm(x)
+        return slots, mask, *rope_table(positions, self.config, embeds.dtype)
 
     def _windowed(self, T: int) -> bool:
         return self.config.window is not None and T > self.config.window
