@@ -14,7 +14,8 @@ import torch
 from cases import NEW_TOKENS, VIPLLAVA, fill, load_golden, random_pixels
 import quant
 from chat import IMAGE
-from generate import Memory, Replayed, common, compile_steps, delayed, generate, kept_in, replayed_prefill
+from generate import (Memory, QuarteredLinear, Replayed, common, compile_steps, delayed, generate, kept_in, replayed_decode,
+                      replayed_prefill)  # fmt: skip
 from test_vipllava import CONFIG, PROMPTS, inputs_of, model_of, small
 from vipllava import ViPLLaVA, expand
 
@@ -457,6 +458,45 @@ def test_replayed(monkeypatch):
     alive = weakref.ref(other)
     del other, asked, rest
     assert alive() is None  # a cache that nobody else has is not held
+
+
+def record_nothing(self, pool, x, *rest):
+    """Stands for Replayed._record where there is no GPU: its graph calls the function again."""
+    kept, y = x.clone(), self.function(x, *rest)
+    rest[0].length -= 1  # what is recorded doesn't run
+    return types.SimpleNamespace(replay=lambda: y.copy_(self.function(kept, *rest)), pool=lambda: None), kept, y
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a compiler for C++")
+def test_a_step_as_a_gpu_takes_it_says_the_same(monkeypatch):
+    """Guards against quarters of a product that don't belong together, and against places of another step or cache."""
+    torch.compiler.reset()
+    monkeypatch.setattr(Replayed, "_record", record_nothing)
+    monkeypatch.setattr("generate.ROOM", 1)  # each chat's cache is of another size
+    model, pixels = small(2)
+
+    def run() -> list:
+        prompts = PROMPTS[0], [1, IMAGE, 9], [1, IMAGE, 9, 8, 7]
+        return [answers(model, [prompt], pixels[:1], max_new_tokens=8) for prompt in prompts]
+
+    expected = run()
+    for block in model.llama.layers:
+        block.forward = torch.compile(block.forward)
+    model.llama.decode = replayed_decode(model.llama)
+    assert run() == expected
+    assert isinstance(model.llama.layers[0].mlp.down_proj, QuarteredLinear)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("inputs", [64, 66])
+def test_a_product_in_quarters(monkeypatch, inputs):
+    """Guards against another product, where the inputs have no quarters too."""
+    layer, x = torch.nn.Linear(inputs, 5, bias=False), torch.randn(1, 1, inputs)
+    expected = layer(x)
+    layer.__class__ = QuarteredLinear
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x.expand(2, 3, -1)), expected.expand(2, 3, -1))
 
 
 def test_a_prompt_that_is_filled_up_says_the_same(monkeypatch):
