@@ -20,9 +20,11 @@ kernels; they are slow for many rows, for which the weights are unpacked, too.
 import math
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -32,6 +34,7 @@ import torch.nn.functional as F
 GROUP = 128  # inputs that share a scale, in 4 bits
 FEW = 32  # rows for which a kernel is faster than to unpack 8 bits first, on a GPU 4,
 SOME = 128  # and on a CPU 4
+BLOCK = 2**22  # numbers of a weight that a CPU converts, or unpacks, at once
 TARGET = re.compile(r"llama\.(lm_head|layers\.\d+\.(self_attn|mlp)\.\w+_proj)\.(weight|scale|low)")
 
 
@@ -74,7 +77,43 @@ class HalfLinear(nn.Linear):
             return product(x, self.weight, self.bias)
         kind = product_type(x)
         bias = None if self.bias is None else self.bias.to(kind)
-        return F.linear(x.to(kind), self.weight.to(kind), bias).to(x.dtype)
+        return converting_product(x.to(kind), self.weight, bias).to(x.dtype)
+
+
+class Scratch(threading.local):
+    """Room for a block of a weight in another type, the same each time. New memory a CPU's system has to clear first, page by
+    page, and takes longer for it than it takes to fill."""
+
+    memory = None
+
+    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        if self.memory is None or self.memory.nbytes < size:
+            self.memory = torch.empty(max(size, 4 * BLOCK), dtype=torch.uint8)
+        return self.memory[:size].view(dtype).view(shape)
+
+
+scratch = Scratch()
+
+
+def reuses_memory(x: torch.Tensor) -> bool:
+    """May a product with x overwrite the last one's weights? Not where gradients, or a compiler, still want them."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def converting_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """F.linear with a weight of another type, which becomes x's; on a CPU block by block of its outputs."""
+    if weight.dtype == x.dtype or not reuses_memory(x):
+        return F.linear(x, weight.to(x.dtype), bias)
+    parts = weight.split(max(1, BLOCK // weight.size(1)))
+    biases = repeat(None) if bias is None else bias.split(len(parts[0]))
+    made = [F.linear(x, scratch.room(w.shape, x.dtype).copy_(w), b) for w, b in zip(parts, biases)]
+    return joined(made)
+
+
+def joined(blocks: list[torch.Tensor]) -> torch.Tensor:
+    """Of outputs, (…, some) each -> (…, out)."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
 
 def row_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -134,7 +173,7 @@ class Int8Linear(nn.Module):
             kind = product_type(x)
             if kind is torch.float16:  # which sums of whole numbers up to 127 soon exceed
                 kind = torch.bfloat16
-            y = F.linear(rows.to(kind), self.weight.to(kind)) * self.scale.to(kind)
+            y = converting_product(rows.to(kind), self.weight) * self.scale.to(kind)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
@@ -224,17 +263,28 @@ class Int4Linear(nn.Module):
         self.scale = torch.stack([self.scale.T, middle.T], dim=2).bfloat16().contiguous()  # (groups, out, 2)
         self.low = None
 
-    def unpacked(self, kind: torch.dtype) -> torch.Tensor:
-        """What this device's layout stands for, (in, out)."""
-        q = self.unlayout(self.weight).unflatten(0, (-1, GROUP)).to(kind)  # (groups, GROUP, out)
-        scale, middle = self.scale.to(kind)[:, None].unbind(3)  # (groups, 1, out)
-        return torch.addcmul(middle - 8 * scale, q, scale).flatten(0, 1)
+    def unpacked(self, kind: torch.dtype, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """What this device's layout of some outputs stands for, (in, out)."""
+        q = self.unlayout(weight).unflatten(0, (-1, GROUP))  # (groups, GROUP, out)
+        there = scratch.room(q.shape, kind) if reuses_memory(weight) else None
+        q = q.to(kind) if there is None else there.copy_(q)
+        scale, middle = scale.to(kind)[:, None].unbind(3)  # (groups, 1, out)
+        return torch.addcmul(middle - 8 * scale, q, scale, out=there).flatten(0, 1)
+
+    def unpacking_product(self, x: torch.Tensor) -> torch.Tensor:
+        """x (rows, in) -> (rows, out); on a CPU block by block of its outputs."""
+        kind, (groups, outputs, _) = product_type(x), self.scale.shape
+        x = x.to(kind)
+        tall = outputs // len(self.weight)  # outputs of a tile
+        n = max(64, BLOCK // (groups * GROUP) // 64 * 64) if x.device.type == "cpu" else outputs
+        blocks = zip(self.weight.split(n // tall), self.scale.split(n, dim=1))
+        return joined([x @ self.unpacked(kind, *block) for block in blocks])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed:
             rows = rows_of(x)
             if self.unlayout and len(rows) >= (SOME if x.device.type == "cpu" else FEW):
-                y = rows.to(product_type(x)) @ self.unpacked(product_type(x))
+                y = self.unpacking_product(rows)
             else:
                 y = self.kernel(rows.bfloat16(), self.weight, GROUP, self.scale)
             return y.to(x.dtype).unflatten(0, x.shape[:-1])

@@ -315,3 +315,39 @@ def test_the_command_line(scheme, capsys):
         patch.setattr(checkpoint, "load", load)
         assert run(sample.main, ["--image", "examples/scene.png", "--arrow", "322,92", "What is this?", "--quantize", scheme]) == 0
     assert capsys.readouterr().out == "a blue ring\n" and sizes == [scheme]
+
+
+# -- weights that a CPU converts block by block -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_that_converts_its_weight_in_blocks(monkeypatch, bias):
+    """Guards against: blocks in another order, a bias of another block, a result that the next product overwrites, memory
+    that one mode has made and another can't write to."""
+    monkeypatch.setattr(quant, "BLOCK", 100)  # 4 of the 17 outputs at once
+    monkeypatch.setattr(quant, "scratch", quant.Scratch())
+    x, weights = torch.randn(2, 3, 24), torch.randn(2, 17, 24).bfloat16()
+    b = torch.randn(17) if bias else None
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            found = [quant.converting_product(x, w, b) for w in weights]
+            for y, w in zip(found, weights):
+                torch.testing.assert_close(y, F.linear(x, w.float(), b))
+
+
+def test_gradients_go_through_the_weights_that_they_came_by():
+    """Guards against memory that the next product writes to while the backward pass still wants the last one's weights."""
+    x, weights = torch.randn(3, 24, requires_grad=True), torch.randn(2, 17, 24).bfloat16()
+    sum(quant.converting_product(x, w).sum() for w in weights).backward()
+    torch.testing.assert_close(x.grad, weights.float().sum(dim=(0, 1)).expand_as(x))
+
+
+def test_4_bits_unpacked_in_blocks(monkeypatch):
+    """Guards against blocks of outputs that are cut elsewhere than the kernel's layout has them."""
+    layer, x = layer_of("int4", weight_of(448, 256)), torch.randn(quant.SOME, 256)
+    layer.pack()
+    with torch.no_grad():
+        whole = layer(x)
+        monkeypatch.setattr(quant, "BLOCK", 100 * 256)  # 64 of the 448 outputs at once
+        torch.testing.assert_close(layer(x), whole)
+    assert relative_error(layer(x), whole) < 1e-6  # where gradients are wanted, new memory
