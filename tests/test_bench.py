@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from bench import bits, images, lookup, records, sides, speed, training
+from bench import bits, images, kernels, lookup, records, sides, speed, training
 from commandline import run
 
 
@@ -35,6 +35,27 @@ def test_speed(capsys, monkeypatch):
     assert [line.split()[0] for line in out[2:7]] == ["decode", "prefill", "load", "…", "second"]
     found = json.loads(out[-1])["results"]["ours int8"]
     assert len(found["answers"][0][2]) == 3 and len(found["turns"]) == 1 and found["peak"] > 0
+
+
+def test_speed_of_some_measures(capsys):
+    """Guards against a table that wants what was not measured."""
+    flags = ["--alone", "--size", "tiny", "--layers", "1", "--repeat", "1", "--precision", "float32", "--device", "cpu"]
+    assert run(speed.main, [*flags, "--words", "4", "--measure", "load", "look"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out[2:6]] == ["1", "load", "…", "peak"]
+    assert json.loads(out[-1])["results"]["ours float32"]["answers"] == []
+
+
+def test_kernels(capsys):
+    """Guards against a benchmark that has rotted, and a later token that is told with what only the first one needs."""
+    flags = ["--size", "tiny", "--layers", "2", "--words", "4", "--tokens", "3", "--rows", "2", "--precision", "float32", "--device", "cpu"]
+    assert run(kernels.main, flags) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in out[:6:3]] == ["the first token", "a later token"]
+    calls = {what: work["calls"] for what, work in json.loads(out[-1]).items()}
+    products = {what: sum(n for name, n in found.items() if name in ("aten::mm", "aten::addmm")) for what, found in calls.items()}
+    assert products["a later token"] == 2 * 7 + 1 < products["the first token"]  # a block's seven, and the head
+    assert not calls["a later token"].get("aten::mkldnn_convolution")  # which cuts an image into patches
 
 
 def test_other_tokens_are_told():
