@@ -244,7 +244,7 @@ def replayed_decode(llama: Llama) -> Callable:
     plain, places, compiled = llama.decode, llama.places, torch.compile(llama.places)
     llama.places = lambda embeds, *more: (compiled if embeds.size(1) == 1 else places)(embeds, *more)
     for block in llama.layers:
-        for layer in (block.self_attn.o_proj, block.mlp.down_proj):  # others have company in their kernel
+        for layer in (block.self_attn.o_proj, block.mlp.down_proj):  # the others share a kernel
             if type(layer) is nn.Linear:
                 layer.__class__ = QuarteredLinear
 
@@ -256,8 +256,8 @@ def replayed_decode(llama: Llama) -> Callable:
 
 
 class QuarteredLinear(nn.Linear):
-    """Of one row the compiler makes a loop over the inputs, for which a GPU fetches too little at a time: here a step takes one
-    of each quarter."""
+    """The compiler makes a row's product a loop over the inputs, which fetches too little at a time to keep a GPU's memory busy:
+    here it takes one of each quarter at once."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() != self.in_features or self.in_features % 4 or not torch.compiler.is_compiling():

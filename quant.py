@@ -107,8 +107,7 @@ def converting_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
         return F.linear(x, weight.to(x.dtype), bias)
     parts = weight.split(max(1, BLOCK // weight.size(1)))
     biases = repeat(None) if bias is None else bias.split(len(parts[0]))
-    made = [F.linear(x, scratch.room(w.shape, x.dtype).copy_(w), b) for w, b in zip(parts, biases)]
-    return joined(made)
+    return joined([F.linear(x, scratch.room(w.shape, x.dtype).copy_(w), b) for w, b in zip(parts, biases)])
 
 
 def joined(blocks: list[torch.Tensor]) -> torch.Tensor:

@@ -4,9 +4,8 @@
     python -m bench.kernels --size 7b --layers 4 --compile             on a GPU
 
 PyTorch's profiler looks on at an answer of one token, and at one of --tokens more: what is in the second alone, divided by
---tokens, is a later token's. In a step each kernel waits for the one before, so that a GPU is idle between them, the more of the
-time the shorter they are: that is a line of its own. Weights are random, of the true shapes; how long all of it takes when
-nobody looks on is told by bench.speed.
+--tokens, is a later token's. Time in which none runs is a line of its own. Weights are random, of the true shapes; how long
+all of it takes when nobody looks on is told by bench.speed.
 """
 
 import argparse
