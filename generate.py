@@ -238,7 +238,8 @@ def replayed_prefill(llama: Llama) -> Callable:
 
 def replayed_decode(llama: Llama) -> Callable:
     """llama.decode by the compiler's own kernels: for one token they outrun ready-made products and attention, once they
-    are tuned, and once what a product reads is computed before it, not by each of its rows anew."""
+    are tuned, and once what a product reads is computed before it, not by each of its rows anew. Also llama.places, of
+    dozens of small kernels, is compiled for a step, and each block's lone products become QuarteredLinear."""
     from torch._inductor import config  # not before it is needed: it takes long
 
     plain, places, compiled = llama.decode, llama.places, torch.compile(llama.places)

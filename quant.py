@@ -13,7 +13,7 @@ Quantised are the decoder's matrices, its head included; CLIP, the projector, wo
 
 Which way is the fastest depends on the device and on how many rows x has: one for each new token, all of the prompt's.
 For int8 a CPU that has instructions for it multiplies whole numbers; another one has PyTorch's kernel for few rows, and
-unpacks the weights for many. On a GPU torch.compile joins unpacking and product into one. For int4 both have PyTorch's
+unpacks the weights for many, block by block (Scratch says why). On a GPU torch.compile joins unpacking and product into one. For int4 both have PyTorch's
 kernels; they are slow for many rows, for which the weights are unpacked, too.
 """
 

@@ -75,9 +75,8 @@ def limits(device: torch.device) -> tuple[float, ...]:
 def image_flops(config: ViPLLaVAConfig) -> float:
     """Of the tower as far as it is looked at, and the projector."""
     vision, text, N = config.vision, config.text, config.vision.patches
-    blocks = max(i % (vision.layers + 1) for i in config.feature_layers)
     C, wide = vision.width, len(config.feature_layers) * vision.width
-    tower = blocks * (2 * (N + 1) * (4 * C * C + 2 * C * vision.mlp) + 4 * (N + 1) ** 2 * C) + 6 * N * vision.patch_size**2 * C
+    tower = config.depth * (2 * (N + 1) * (4 * C * C + 2 * C * vision.mlp) + 4 * (N + 1) ** 2 * C) + 6 * N * vision.patch_size**2 * C
     return tower + 2 * N * (wide * text.width + text.width**2)
 
 
