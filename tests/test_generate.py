@@ -3,7 +3,6 @@
     python -m pytest tests/test_generate.py
 """
 
-import shutil
 import types
 import weakref
 from dataclasses import replace
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from cases import NEW_TOKENS, VIPLLAVA, fill, load_golden, random_pixels
+from conftest import with_compiler
 import quant
 from chat import IMAGE
 from generate import (Memory, QuarteredLinear, Replayed, common, compile_steps, delayed, generate, kept_in, replayed_decode,
@@ -390,7 +390,7 @@ def test_compiled_steps_say_the_same(monkeypatch):
     assert len(graphs) < 12  # prompts of two lengths, steps of two
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a compiler for C++")
+@with_compiler
 @pytest.mark.parametrize("quantize", ["", "int8"])
 def test_compiled_by_inductor_the_same_is_said(quantize):
     """Guards against what only the compiler's last stage gets wrong, on a CPU: fresh prompts, steps, and a chat's next turn."""
@@ -467,7 +467,7 @@ def record_nothing(self, pool, x, *rest):
     return types.SimpleNamespace(replay=lambda: y.copy_(self.function(kept, *rest)), pool=lambda: None), kept, y
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a compiler for C++")
+@with_compiler
 def test_a_step_as_a_gpu_takes_it_says_the_same(monkeypatch):
     """Guards against quarters of a product that don't belong together, and against places of another step or cache."""
     torch.compiler.reset()
