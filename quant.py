@@ -167,11 +167,12 @@ class Int8Linear(nn.Module):
     def forward(self, x: "torch.Tensor | Whole") -> torch.Tensor:
         if self.packed:
             x = x if isinstance(x, Whole) else whole(x)
-            product = opaque_product if torch.compiler.is_compiling() else whole_product
+            product = opaque_whole_product if torch.compiler.is_compiling() else whole_product
             return product(x.q, x.step, self.weight, self.scale).to(x.dtype).unflatten(0, x.shape)
         rows = rows_of(x)
         if x.device.type == "cpu" and len(rows) < FEW and x.size(-1) % 32 == 0:  # reads beyond the end of others
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16())
+            product = opaque_few_rows_product if torch.compiler.is_compiling() else few_rows_product
+            y = product(rows, self.weight, self.scale)
         else:
             kind = product_type(x)
             if kind is torch.float16:  # which sums of whole numbers up to 127 soon exceed
@@ -205,9 +206,17 @@ def whole_product(q: torch.Tensor, step: torch.Tensor, packed: torch.Tensor, sca
     return low.add_(high, alpha=256).mul_(step)
 
 
-# torch.compile does not look into an operator: here it would find some that it knows from other models' patterns only.
-opaque_product = torch.library.custom_op("vipllava::whole_product", whole_product, mutates_args=())
-opaque_product.register_fake(lambda q, step, packed, scale: step.new_empty(len(step), len(scale)))
+def few_rows_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x (rows, in) -> (rows, out) in bfloat16, by PyTorch's kernel for 8 bits."""
+    return torch._weight_int8pack_mm(x.bfloat16(), weight, scale.bfloat16())
+
+
+# torch.compile does not look into an operator: in one it would find some that it knows from other models' patterns only,
+# in the other it fails over a scale that is computed.
+opaque_whole_product = torch.library.custom_op("vipllava::whole_product", whole_product, mutates_args=())
+opaque_whole_product.register_fake(lambda q, step, packed, scale: step.new_empty(len(step), len(scale)))
+opaque_few_rows_product = torch.library.custom_op("vipllava::few_rows_product", few_rows_product, mutates_args=())
+opaque_few_rows_product.register_fake(lambda x, weight, scale: x.new_empty(len(x), len(scale), dtype=torch.bfloat16))
 
 
 @cache

@@ -122,6 +122,23 @@ def test_whole_numbers_keep_sixteen_bits():
     torch.testing.assert_close(compiled(x), y, rtol=0, atol=0)
 
 
+@with_compiler
+@pytest.mark.parametrize("rows", [1, 7, 150])
+@pytest.mark.parametrize("scheme, whole", [("int8", True), ("int8", False), ("int4", False)])
+def test_the_compiler_multiplies_alike(monkeypatch, scheme, whole, rows):
+    """Guards against a kernel that the compiler's last stage has no use for, or another one for as many rows."""
+    torch.compiler.reset()
+    can = quant.multiplies_whole_numbers()
+    monkeypatch.setattr(quant, "multiplies_whole_numbers", lambda: whole and can)
+    layer = layer_of(scheme, weight_of(192, 512))
+    layer.pack()
+    x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.no_grad():
+        y = torch.compile(layer, fullgraph=True)(x)
+        assert y.dtype == x.dtype and relative_error(y.float(), layer(x).float()) < 0.01
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("scheme", ["", *SCHEMES])
 def test_layers_side_by_side_share_what_is_prepared(scheme, monkeypatch):
     """Guards against: an input made ready for each layer anew, and one that layers without such a form can't take."""
