@@ -13,8 +13,8 @@ Quantised are the decoder's matrices, its head included; CLIP, the projector, wo
 
 Which way is the fastest depends on the device and on how many rows x has: one for each new token, all of the prompt's.
 For int8 a CPU that has instructions for it multiplies whole numbers; another one has PyTorch's kernel for few rows, and
-unpacks the weights for many, block by block (Scratch says why). On a GPU torch.compile joins unpacking and product into one. For int4 both have PyTorch's
-kernels; they are slow for many rows, for which the weights are unpacked, too.
+unpacks the weights for many, block by block (Scratch says why). On a GPU torch.compile joins unpacking and product into
+one. For int4 both have PyTorch's kernels; they are slow for many rows, for which the weights are unpacked, too.
 """
 
 import math
@@ -67,8 +67,8 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 class HalfLinear(nn.Linear):
-    """A linear layer of 16 bits on a CPU: for one row by PyTorch's own kernel, and for many in float32, where that is
-    faster."""
+    """A linear layer of 16 bits on a CPU: for one row by PyTorch's own kernel, or the compiler's, and for many in float32,
+    where that is faster."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         count = x.numel() // x.size(-1)
