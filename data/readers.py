@@ -172,11 +172,12 @@ def _conversations(record, images, generator) -> Plan:
     refuse_misspelt(record)
     pairs = dialogue(record)
     meant = [key for key in ("bbox", "bboxes", "segmentations", "markers") if key in record]
-    if record.get("image"):
-        meant += re.findall(r"<(?:region|bbox)\d*>", " ".join(text for pair in pairs for text in pair))
+    number = r"\d*" if record.get("image") else r"\d+"  # a text alone may speak of a <region>, as in addresses of servers
+    meant += re.findall(rf"<(?:region|bbox){number}>", " ".join(text for pair in pairs for text in pair))
     if meant:  # it would be trained without a marker
         official = f', and the id {record["id"]!r} is of no kind that reads it' if "id" in record else ""
-        raise ValueError(f'{meant[0]}, but no "regions"{official}; expected "regions"')
+        expected = '"regions"' if record.get("image") else '"image" and "regions"'
+        raise ValueError(f'{meant[0]}, but no "regions"{official}; expected {expected}')
     return Plan([], lambda words: pairs)
 
 

@@ -216,8 +216,9 @@ def test_an_image_beyond_all_limits_is_a_bad_record(images, monkeypatch):
 
 
 def test_text_alone(images):
-    """Guards against a record without image that gets one."""
-    sample = to_sample({"id": "x", "conversations": talk("Hello", "Hi")}, images, np.random.default_rng(0))
+    """Guards against a record without image that gets one, or that is refused for a word that is a gap elsewhere."""
+    record = {"id": "x", "conversations": talk("Hello", "Hi from <region>.amazonaws.com, {region1}")}
+    sample = to_sample(record, images, np.random.default_rng(0))
     assert sample.image is None and sample.markers == () and not sample.turns[0].image
 
 
@@ -300,6 +301,14 @@ def test_a_bad_record_is_named_with_its_reason(kind, key, value, words, images):
     line = (images / "mix.json").read_text().split("\n").index(" },") + 2
     assert words in error.reason and error.where == f"line {line}" and error.id == bad.get("id", "without id")
     assert str(error).startswith(f"{images / 'mix.json'}, line {line}, ") and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("gap", ["<region0>", "<bbox1>"])
+def test_a_gap_without_an_image_is_no_text(gap, images):
+    """Guards against: a question about a marker, trained as text alone."""
+    record = {"photo": "a.png", "conversations": talk(f"What is {gap}?", "x")}
+    with pytest.raises(ValueError, match=f'{gap}, but no "regions"; expected "image" and "regions"'):
+        to_sample(record, images, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("name", ["img", "image_path", "Picture"])
