@@ -5,10 +5,10 @@
     python -m bench.training --size 7b --train lora --batch 2 --precision bfloat16 --compile          on a GPU of 80 GB
 
 A step is forward, backward and AdamW on `--tokens` words after one image. Each side is a process of its own, so that
-its peak memory can be told; after warm-up they take turns, step by step (--apart: one side after the other). The
-medians are compared, and the first losses, which must agree. Without transformers, ours alone is timed. MFU: the
-decoder's FLOPs a second, in parts of what a large matrix product reaches here in the same precision, or of
---peak-tflops. Weights are random, of the true shapes.
+its peak memory can be told; after warm-up they take turns, step by step (--apart: one side after the other), and stderr
+tells each step as it comes. The medians are compared, and the first losses, which must agree. Without transformers, ours
+alone is timed. MFU: the decoder's FLOPs a second, in parts of what a large matrix product reaches here in the same
+precision, or of --peak-tflops. Weights are random, of the true shapes.
 """
 
 import argparse
@@ -178,7 +178,11 @@ def race(names: Sequence[str], args: argparse.Namespace) -> list[Race]:
         alone(write_weights, args, f"{folder}/model")
         for group in [[name] for name in names] if args.apart else [names]:
             sides = [Side(name, Step, name, args, f"{folder}/model") for name in group]
-            rounds = [[side("timed") for side in sides] for _ in range(args.warmup + args.steps)]
+            rounds = []
+            for number in range(args.warmup + args.steps):
+                rounds.append([side("timed") for side in sides])
+                said = (f"{side.name} {seconds:.3f} s, loss {loss:.5f}" for side, (seconds, loss) in zip(sides, rounds[-1]))
+                print("warm-up" if number < args.warmup else "step", *said, sep="; ", file=sys.stderr)
             for side, steps in zip(sides, zip(*rounds)):
                 side.stop()
                 done.append(Race(side.name, side.peak, *zip(*steps)))

@@ -13,8 +13,9 @@ def test_training_steps(capsys):
     """Guards against a benchmark that has rotted: without transformers, ours alone is timed."""
     flags = ["--size", "tiny", "--layers", "2", "--batch", "1", "--tokens", "8", "--steps", "1", "--warmup", "1", "--device", "cpu"]
     assert run(training.main, flags) == 0
-    out = capsys.readouterr().out.splitlines()
+    out, told = (text.splitlines() for text in capsys.readouterr())
     assert "tiny (2.2 M)" in out[0] and "samples/s" in out[1] and json.loads(out[-1])["ours"]["peak"] > 0
+    assert [line.split("; ")[0] for line in told] == ["warm-up", "step"] and told[1].startswith("step; ours 0.")
 
 
 def test_records(capsys):
