@@ -84,9 +84,10 @@ def add(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TARG
 
 
 def digest(model: nn.Module) -> str:
-    """Of the decoder, by the signs of some weights: the same in every precision, and another training flips some."""
+    """Of the decoder, by the signs of some weights: the same in every precision, and another training flips some. Empty of a
+    model on the meta device, whose weights have no values."""
     signs = torch.cat([weight.detach().flatten()[:1024].signbit() for weight in model.llama.parameters()])
-    return hashlib.sha256(np.packbits(signs.cpu().numpy()).tobytes()).hexdigest()[:12]
+    return "" if signs.is_meta else hashlib.sha256(np.packbits(signs.cpu().numpy()).tobytes()).hexdigest()[:12]
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:

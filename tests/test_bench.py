@@ -9,10 +9,11 @@ from bench import bits, images, kernels, lookup, records, sides, speed, training
 from commandline import run
 
 
-def test_training_steps(capsys):
+@pytest.mark.parametrize("trained", ["language", "lora"])
+def test_training_steps(capsys, trained):
     """Guards against a benchmark that has rotted: without transformers, ours alone is timed."""
     flags = ["--size", "tiny", "--layers", "2", "--batch", "1", "--tokens", "8", "--steps", "1", "--warmup", "1", "--device", "cpu"]
-    assert run(training.main, flags) == 0
+    assert run(training.main, [*flags, "--train", trained]) == 0
     out, told = (text.splitlines() for text in capsys.readouterr())
     assert "tiny (2.2 M)" in out[0] and "samples/s" in out[1] and json.loads(out[-1])["ours"]["peak"] > 0
     assert [line.split("; ")[0] for line in told] == ["warm-up", "step"] and told[1].startswith("step; ours 0.")
