@@ -73,7 +73,7 @@ class HalfLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         count = x.numel() // x.size(-1)
         if count == 1:
-            product = four_rows_product if torch.compiler.is_compiling() else row_product
+            product = compiled_row_product if torch.compiler.is_compiling() else row_product
             return product(x, self.weight, self.bias)
         kind = product_type(x)
         bias = None if self.bias is None else self.bias.to(kind)
@@ -117,7 +117,7 @@ def joined(blocks: list[torch.Tensor]) -> torch.Tensor:
 
 def row_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """F.linear without oneDNN, which would have it: its product of one row reads, depending on the CPU, weights at a
-    quarter to two thirds of memory's speed, PyTorch's own nearly at all of it."""
+    quarter to two thirds of memory's speed, PyTorch's own at half of it or nearly all."""
     before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
     try:
         return F.linear(x, weight, bias)
@@ -125,7 +125,7 @@ def row_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         torch.backends.mkldnn.enabled = before
 
 
-def four_rows_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def compiled_row_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """F.linear for the compiler, which makes a loop of it that reads four rows of the weight at once: a CPU fetches ahead for
     each, so that two cores read half as much again as of one row after the other."""
     row = x.flatten().float()
@@ -171,7 +171,7 @@ class Int8Linear(nn.Module):
             return product(x.q, x.step, self.weight, self.scale).to(x.dtype).unflatten(0, x.shape)
         rows = rows_of(x)
         if x.device.type == "cpu" and len(rows) < FEW and x.size(-1) % 32 == 0:  # reads beyond the end of others
-            product = opaque_few_rows_product if torch.compiler.is_compiling() else few_rows_product
+            product = opaque_int8_product if torch.compiler.is_compiling() else int8_product
             y = product(rows, self.weight, self.scale)
         else:
             kind = product_type(x)
@@ -206,7 +206,7 @@ def whole_product(q: torch.Tensor, step: torch.Tensor, packed: torch.Tensor, sca
     return low.add_(high, alpha=256).mul_(step)
 
 
-def few_rows_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x (rows, in) -> (rows, out) in bfloat16, by PyTorch's kernel for 8 bits."""
     return torch._weight_int8pack_mm(x.bfloat16(), weight, scale.bfloat16())
 
@@ -215,8 +215,8 @@ def few_rows_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor)
 # in the other it fails over a scale that is computed.
 opaque_whole_product = torch.library.custom_op("vipllava::whole_product", whole_product, mutates_args=())
 opaque_whole_product.register_fake(lambda q, step, packed, scale: step.new_empty(len(step), len(scale)))
-opaque_few_rows_product = torch.library.custom_op("vipllava::few_rows_product", few_rows_product, mutates_args=())
-opaque_few_rows_product.register_fake(lambda x, weight, scale: x.new_empty(len(x), len(scale), dtype=torch.bfloat16))
+opaque_int8_product = torch.library.custom_op("vipllava::int8_product", int8_product, mutates_args=())
+opaque_int8_product.register_fake(lambda x, weight, scale: x.new_empty(len(x), len(scale), dtype=torch.bfloat16))
 
 
 @cache
