@@ -31,6 +31,7 @@ import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
 import lora
+import halves
 import quant
 from chat import stop_ids
 from clip import CLIP
@@ -204,7 +205,7 @@ def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=(), quantize=
     tensors.update(quant.compress(reading, quantize) if quantize else reading)
     model.load_state_dict({name: tensors[rename(name)] for name in model.state_dict()}, assign=True)
     if dtype.itemsize == 2 and device.type == "cpu":
-        quant.widen(model)
+        halves.widen(model)
     return model.eval()
 
 

@@ -13,125 +13,27 @@ Quantised are the decoder's matrices, its head included; CLIP, the projector, wo
 
 Which way is the fastest depends on the device and on how many rows x has: one for each new token, all of the prompt's.
 For int8 a CPU that has instructions for it multiplies whole numbers; another one has PyTorch's kernel for few rows, and
-unpacks the weights for many, block by block (Scratch says why). On a GPU torch.compile joins unpacking and product into
+unpacks the weights for many, block by block (see halves.py). On a GPU torch.compile joins unpacking and product into
 one. For int4 both have PyTorch's kernels; they are slow for many rows, for which the weights are unpacked, too.
 """
 
-import math
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from halves import BLOCK, converting_product, joined, product_type, reuses_memory, rows_of, scratch
+
 GROUP = 128  # inputs that share a scale, in 4 bits
 FEW = 32  # rows for which a kernel is faster than to unpack 8 bits first, on a GPU 4,
 SOME = 128  # and on a CPU 4
-BLOCK = 2**22  # numbers of a weight that a CPU converts, or unpacks, at once
 TARGET = re.compile(r"llama\.(lm_head|layers\.\d+\.(self_attn|mlp)\.\w+_proj)\.(weight|scale|low)")
-
-
-def is_intel() -> bool:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return "GenuineIntel" in file.read(1000)
-    except OSError:  # no Linux
-        return False
-
-
-# Rows of a product from which float32 is faster on this CPU than a type's own instructions, if it has any: few have for
-# float16, and Intel's for bfloat16, without AMX, are half as fast as float32's, so that converting pays soon.
-WIDE = {torch.float16: FEW}
-if torch.backends.cpu.get_cpu_capability() == "AVX2" or not torch.cpu._is_avx512_bf16_supported():
-    WIDE[torch.bfloat16] = FEW
-elif is_intel() and not torch.cpu._is_amx_tile_supported():
-    WIDE[torch.bfloat16] = 256
-
-
-def product_type(x: torch.Tensor) -> torch.dtype:
-    """In which a product of the rows of x is fastest."""
-    rows = x.numel() // x.size(-1)
-    return torch.float32 if x.device.type == "cpu" and rows >= WIDE.get(x.dtype, math.inf) else x.dtype
-
-
-def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """(…, in) -> (rows, in), one after the other in memory: kernels go by the stride even of a lone row."""
-    return x.flatten().view(-1, x.size(-1))
-
-
-class HalfLinear(nn.Linear):
-    """A linear layer of 16 bits on a CPU: for one row by PyTorch's own kernel, or the compiler's, and for many in float32,
-    where that is faster."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        count = x.numel() // x.size(-1)
-        if count == 1:
-            product = compiled_row_product if torch.compiler.is_compiling() else row_product
-            return product(x, self.weight, self.bias)
-        kind = product_type(x)
-        bias = None if self.bias is None else self.bias.to(kind)
-        return converting_product(x.to(kind), self.weight, bias).to(x.dtype)
-
-
-class Scratch(threading.local):
-    """Room for a block of a weight in another type, the same each time. New memory a CPU's system has to clear first, page by
-    page, and takes longer for it than it takes to fill."""
-
-    memory = None
-
-    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        size = math.prod(shape) * dtype.itemsize
-        if self.memory is None or self.memory.nbytes < size:
-            self.memory = torch.empty(max(size, 4 * BLOCK), dtype=torch.uint8)
-        return self.memory[:size].view(dtype).view(shape)
-
-
-scratch = Scratch()
-
-
-def reuses_memory(x: torch.Tensor) -> bool:
-    """May a product with x overwrite the last one's weights? Not where gradients, or a compiler, still want them."""
-    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def converting_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear with a weight of another type, which becomes x's; on a CPU block by block of its outputs."""
-    if weight.dtype == x.dtype or not reuses_memory(x):
-        return F.linear(x, weight.to(x.dtype), bias)
-    parts = weight.split(max(1, BLOCK // weight.size(1)))
-    biases = repeat(None) if bias is None else bias.split(len(parts[0]))
-    return joined([F.linear(x, scratch.room(w.shape, x.dtype).copy_(w), b) for w, b in zip(parts, biases)])
-
-
-def joined(blocks: list[torch.Tensor]) -> torch.Tensor:
-    """Of outputs, (…, some) each -> (…, out)."""
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
-
-
-def row_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """F.linear without oneDNN, which would have it: its product of one row reads, depending on the CPU, weights at a
-    quarter to two thirds of memory's speed, PyTorch's own at half of it or nearly all."""
-    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
-    try:
-        return F.linear(x, weight, bias)
-    finally:
-        torch.backends.mkldnn.enabled = before
-
-
-def compiled_row_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """F.linear for the compiler, which makes a loop of it that reads four rows of the weight at once: a CPU fetches ahead for
-    each, so that two cores read half as much again as of one row after the other."""
-    row = x.flatten().float()
-    y = torch.cat([(part.float() * row).sum(dim=1) for part in weight.chunk(4)])
-    y = y if bias is None else y + bias.float()
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 class Int8Linear(nn.Module):
@@ -376,13 +278,6 @@ def swap(model: nn.Module, scheme: str) -> nn.Module:
         with torch.device("meta"):
             setattr(model.get_submodule(parent), child, SCHEMES[scheme](old.in_features, old.out_features))
     return model
-
-
-def widen(model: nn.Module) -> None:
-    """Every linear layer of 16 bits becomes a HalfLinear."""
-    for layer in model.modules():
-        if type(layer) is nn.Linear:
-            layer.__class__ = HalfLinear
 
 
 def pack(model: nn.Module) -> nn.Module:
