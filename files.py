@@ -109,16 +109,16 @@ class Part:
 
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All of the files', on the meta device."""
+        """All of the files', mapped, not yet read."""
         found = {}
         for file in self.files:
             tensors = self.open(file)
             if twice := found.keys() & tensors.keys():
                 raise ValueError(f"{file} holds {min(twice)}, which another file holds too")
-            found |= {name: torch.empty_like(x, device="meta") for name, x in tensors.items()}
+            found |= tensors
         return found
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(x.shape) for name, x in self.tensors.items()}
 
@@ -135,17 +135,17 @@ class Part:
         """
         wanted = {name: x.dtype if self.quantized(name) else dtype for name, x in self.tensors.items()}
         as_is = not passing and device.type == "cpu" and all(x.dtype == wanted[name] for name, x in self.tensors.items())
+        if as_is:
+            yield from ((name, x.contiguous()) for name, x in self.tensors.items())
+            return
         carrier = Carrier(device) if device.type == "cuda" else None
         for file in self.files:
-            pieces = [None]
-            if not as_is:
-                sizes = {theirs: x.nbytes for theirs, x in open_file(file).items()}
-                pieces = groups(sizes, max(sum(sizes.values()) // 32, SMALL))
-            for some in pieces:
+            sizes = {theirs: x.nbytes for theirs, x in open_file(file).items()}
+            for some in groups(sizes, max(sum(sizes.values()) // 32, SMALL)):
                 tensors = self.open(file, some, carrier.open if carrier else open_file)
                 for name in list(tensors):
                     x = tensors.pop(name)
-                    yield name, (x if as_is else x.to(device, wanted[name], copy=not carrier)).contiguous()
+                    yield name, x.to(device, wanted[name], copy=not carrier).contiguous()
                 x = tensors = None  # the old mapping goes before the new one comes
 
 
