@@ -7,7 +7,8 @@
     if __name__ == "__main__":
         sys.exit(run(main))
 
-A picture that a command writes says so, and replaces only one that does: see check_ours.
+A picture that is written where a person says tells that it was drawn here, and replaces only one that does: see
+check_ours.
 """
 
 import argparse

@@ -87,6 +87,7 @@ def plot(out: Path, width: int = 640, height: int = 360) -> None:
     points = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     points = [(p["step"], p["loss"]) for p in points if (p.get("loss") or 0) > 0]
     if len(points) < 2:
+        print(f"no loss.png: the log has {len(points)} losses; expected two or more, see --log-every", flush=True)
         return
     last, low, high = points[-1][0], min(v for _, v in points), max(v for _, v in points)
     scale = math.log(high / low) or 1.0

@@ -621,7 +621,7 @@ def draw(image: Image.Image, markers: Iterable[Marker]) -> Image.Image:
 
 def main(path: str) -> None:
     """Write a sheet of the eight markers of one concave region. ValueError: there is no such format, or a file already."""
-    if not path.lower().endswith((".png", ".jpg")) or os.path.exists(path) and path != SHEET:
+    if not path.lower().endswith((".png", ".jpg")) or os.path.exists(path):
         raise ValueError(f"can't write {path}; expected a new name that ends in .png or .jpg")
     size, generator, sheet = (240, 180), np.random.default_rng(7), Image.new("RGB", (960, 360))
     region = Region(polygons=((60, 40, 180, 50, 170, 130, 120, 80, 70, 140),))

@@ -12,7 +12,8 @@ checkpoint is taken up, and what a step learns from is a function of (seed, step
     loss of a step = sum of the answers' cross-entropies / number of their tokens, over all processes and micro-batches
 
 so one process with 8 samples, two with 4 and four micro-batches of 2 compute the same. Weights that are trained are
-kept in float32. With bfloat16, the default on a GPU, frozen ones are stored in it, and the arithmetic is done in it.
+kept in float32. With bfloat16, the default on a GPU, the arithmetic is done in it, and frozen ones that came in 16 bits,
+or lie under an adapter, are stored in it (but not with FSDP, which casts by itself).
 """
 
 import argparse
@@ -47,6 +48,7 @@ from data.batches import SCENES, Examples, Micro, RecordSource, SceneSource, bat
 from data.records import BadRecord, Records
 from evals.benchmark import answer, prompt
 from evals.scenes import evaluate
+from evals.scorers import exact
 from journal import Journal, plot
 from muon import Muon, is_hidden_matrix
 from parallel import Objective, Place, find_place, gradients, lowered, spread
@@ -249,7 +251,7 @@ def held_out_records(model: ViPLLaVA, tokenizer: Tokenizer, records: Records, ch
     for first in range(0, len(chosen), 16):
         group = [records[k] for k in chosen[first : first + 16]]  # read again: their images go with them
         for sample, text in zip(group, answer(model, tokenizer, group, ANSWER)):
-            right += text.strip().lower() == sample.turns[0].answer.strip().lower()
+            right += exact(text, sample.turns[0].answer.strip())
     return round(right / len(chosen), 3)
 
 

@@ -26,8 +26,7 @@ from bench.training import SIZES
 from chat import IMAGE
 from clip import VisionConfig
 from generate import Memory, compile_steps, generate
-from tokenizer import Tokenizer
-from vipllava import ViPLLaVA, ViPLLaVAConfig, expand
+from vipllava import ViPLLaVAConfig, expand
 
 SIZES = SIZES | {"13b": ViPLLaVAConfig(VisionConfig(), replace(llama.SIZES["13b"], vocab_size=32064))}
 NEXT = 20  # tokens of a chat's second question
@@ -38,15 +37,6 @@ def config_of(args: argparse.Namespace) -> ViPLLaVAConfig:
     config = SIZES[args.size]
     text = replace(config.text, layers=args.layers or config.text.layers)
     return replace(config, text=text, image_token_id=text.vocab_size - 64)
-
-
-def write_weights(args: argparse.Namespace, folder: str) -> None:
-    """A random model in 16 bits."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(args.device):
-        model = ViPLLaVA(config_of(args))
-    checkpoint.save(model, Tokenizer.train(["a"], 300), folder)
 
 
 def request(args: argparse.Namespace) -> tuple[list[int], torch.Tensor]:

@@ -19,8 +19,9 @@ from typing import NamedTuple
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.answering import SIZES, Ours, write_weights
+from bench.answering import SIZES, Ours, config_of
 from bench.sides import alone
+from bench.training import write_weights
 from commandline import Parser, at_least, check_device, run
 
 IDLE = "(idle)"
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     args.device = check_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
-        alone(write_weights, args, f"{folder}/model")
+        alone(write_weights, config_of(args), "bfloat16", args.device, f"{folder}/model")
         found = parts(Ours(args, f"{folder}/model", args.precision), args.tokens)
     for what, (seconds, calls) in found.items():
         total = sum(seconds.values())

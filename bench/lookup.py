@@ -25,8 +25,9 @@ from functools import partial
 import torch
 
 import checkpoint
-from bench.answering import SIZES, Ours, finished, write_weights
+from bench.answering import SIZES, Ours, config_of, finished
 from bench.sides import alone
+from bench.training import write_weights
 from commandline import Parser, at_least, check_device, run
 from data.scenes import generator_for
 from evals.benchmark import look, prompt
@@ -103,7 +104,7 @@ def main(argv: list[str]) -> None:
     for task, gain in said["tokens a step"].items():
         print(f"{task:24} {gain:.2f} tokens a step")
     with tempfile.TemporaryDirectory() as folder:
-        alone(write_weights, args, f"{folder}/model")
+        alone(write_weights, config_of(args), "bfloat16", args.device, f"{folder}/model")
         said["cost"] = {precision: cost(args, f"{folder}/model", precision) for precision in args.precision}
     for precision, times in said["cost"].items():
         print(f"{precision:24} a step of {1 + DRAFT} tokens costs {times:.2f} steps of one")

@@ -37,9 +37,9 @@ from pathlib import Path
 
 import torch
 
-from bench.answering import KINDS, SIZES, check_gpt_fast, config_of, finished, write_weights
+from bench.answering import KINDS, SIZES, check_gpt_fast, config_of, finished
 from bench.sides import Side, alone
-from bench.training import matmul_tflops
+from bench.training import matmul_tflops, write_weights
 from commandline import Parser, check_device, run
 from vipllava import ViPLLaVAConfig
 
@@ -160,7 +160,7 @@ def main(argv: list[str]) -> None:
     peers = ["transformers"] * bool(installed) + ["gpt-fast"] * bool(args.gpt_fast)
     said, before = {"limits": {}, "results": {}}, limits(args.device)
     with tempfile.TemporaryDirectory() as folder:
-        alone(write_weights, args, f"{folder}/model")
+        alone(write_weights, config_of(args), "bfloat16", args.device, f"{folder}/model")
         for group in (["bfloat16", "int8", "int4"], ["float32"]):
             if ours := [("ours", precision) for precision in args.precision if precision in group]:
                 found = race(args, f"{folder}/model", ours + [(peer, group[0]) for peer in peers])

@@ -65,12 +65,12 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     return replace(read_recipe("lora"), train=args.train, rank=args.rank, alpha=2.0 * args.rank, lr=1e-4, projector_lr=0.0)
 
 
-def write_weights(args: argparse.Namespace, folder: str) -> None:
-    """A random model in the precision of training, as a checkpoint that both sides read."""
+def write_weights(config: ViPLLaVAConfig, precision: str, device: torch.device, folder: str) -> None:
+    """A random model, as a checkpoint that both sides read."""
     torch.manual_seed(0)
-    torch.set_default_dtype(getattr(torch, args.precision))
-    with torch.device(args.device):
-        model = ViPLLaVA(config_of(args))
+    torch.set_default_dtype(getattr(torch, precision))
+    with torch.device(device):
+        model = ViPLLaVA(config)
     checkpoint.save(model, Tokenizer.train(["a"], 300), folder)
 
 
@@ -175,7 +175,7 @@ def race(names: Sequence[str], args: argparse.Namespace) -> list[Race]:
     """All sides after their steps, in turns, or with --apart one side after the other."""
     done = []
     with tempfile.TemporaryDirectory() as folder:
-        alone(write_weights, args, f"{folder}/model")
+        alone(write_weights, config_of(args), args.precision, args.device, f"{folder}/model")
         for group in [[name] for name in names] if args.apart else [names]:
             sides = [Side(name, Step, name, args, f"{folder}/model") for name in group]
             rounds = []

@@ -1,9 +1,9 @@
 """The paper's benchmarks in the small world of data/scenes.py, written in the official formats: images and JSON.
 
     python -m data.benchmarks OUT -n 200
-    python -m evals.visual7w --data OUT/v7w-test.json          and likewise the others, with any model
+    python -m evals.visual7w --data OUT/v7w-test.json          and likewise all but vg_rel and flickr30k, to train on
 
-| file                         | n records, each about a scene of its own                                         |
+| file                         | about n scenes                                                                   |
 | ---------------------------- | -------------------------------------------------------------------------------- |
 | OUT/v7w-test.json            | which of four boxes is meant, by look or by place                                |
 | OUT/pointQA_twice_test.json  | how many objects have the shape of the marked one                                |
@@ -322,7 +322,7 @@ def write(out: str | Path, n: int, seed: int = 0, side: int = 224, split: str = 
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m data.benchmarks", description="The paper's benchmarks in a small world.")
     parser.add_argument("out", help="a new or empty folder")
-    parser.add_argument("-n", type=int, default=200, help="records of each (200)")
+    parser.add_argument("-n", type=int, default=200, help="pictures of each (200)")
     parser.add_argument("--seed", type=int, default=0, help="0 or more (0)")
     parser.add_argument("--size", type=int, default=224, help="side of an image in pixels (224)")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which scenes (test)")

@@ -30,17 +30,16 @@ def caption_sample(generator: np.random.Generator, size: tuple[int, int] = (224,
 
 
 def marked_caption_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224),
-                          kinds: Sequence[str] = KINDS, distribution: Distribution = RELEASED) -> Sample:
+                          distribution: Distribution = RELEASED) -> Sample:
     """The same of an image with one to three markers, which the caption mentions: what a marker is, and where."""
-    scene, things, markers = marked_scene(generator, size, kinds, None, distribution)
+    scene, things, markers = marked_scene(generator, size, KINDS, None, distribution)
     return Sample(partial(render, scene), markers, (Turn("", caption(scene, zip(things, map(phrase, markers))), image=True),))
 
 
-def test_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224), kind: str = "arrow",
-                distribution: Distribution = RELEASED) -> Sample:
+def test_sample(generator: np.random.Generator, size: tuple[int, int] = (224, 224), kind: str = "arrow") -> Sample:
     """One marker of this kind, "What is {phrase}?", one right answer: the held-out accuracy counts exact matches."""
     scene = sample_scene(generator, size)
-    (thing,), (marker,) = sample_markers(generator, scene, 1, (kind,), distribution)
+    (thing,), (marker,) = sample_markers(generator, scene, 1, (kind,), RELEASED)
     return Sample(partial(render, scene), (marker,), (Turn(f"What is {phrase(marker)}?", describe(thing), image=True),))
 
 

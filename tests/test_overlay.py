@@ -517,3 +517,5 @@ def test_the_command_of_the_docstring(tmp_path):
         command = [sys.executable, "overlay.py", str(tmp_path / name)]
         refused = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
         assert refused.returncode == 2 and refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
+    bare = subprocess.run([sys.executable, str(root / "overlay.py")], cwd=tmp_path, capture_output=True, timeout=60)
+    assert bare.returncode == 2  # its usual name is somebody's, too

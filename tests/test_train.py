@@ -205,12 +205,15 @@ def test_a_loss_that_is_no_number_names_its_samples(tmp_path, monkeypatch):
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_loss_falls(tmp_path):
+def test_loss_falls(tmp_path, capsys):
     """Guards against a step that updates nothing: the loss at random is about ln 500, and must fall at once."""
     main(["tiny-captions", "--out", str(tmp_path / "run"), "--steps", "25", "--lr", "0.01", "--plot", *FLAGS])
     seen = losses(tmp_path / "run")
     assert seen[1][0] > 5.5 and seen[25][0] < 4
     assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
+    assert "no loss.png" not in capsys.readouterr().out
+    main(["tiny-captions", "--out", str(tmp_path / "short"), "--steps", "1", "--plot", *FLAGS])
+    assert "no loss.png: the log has 1 losses; expected two or more" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
