@@ -244,11 +244,15 @@ def save(model: ViPLLaVA, tokenizer: Tokenizer, folder, shard_bytes: float = 5e9
 
     All is written to a hidden folder beside. Where `folder` is new, that is renamed; else its files are moved over,
     and till the last has come config.json says so: a model is whole, or it doesn't load. A model that `save` wrote is
-    replaced, other files stay. Raises ValueError, before anything is written, where another model would be lost, and
-    for quantised weights that were made ready for one device.
+    replaced, other files stay. Raises ValueError, before anything is written, where another model would be lost, for
+    adapters that are not merged, and for quantised weights that were made ready for one device, or get a dtype.
     """
     if any(getattr(layer, "packed", False) for layer in model.modules()):
         raise ValueError("the weights are laid out for one device; expected a model loaded with ready=False")
+    if lora.adapters(model):
+        raise ValueError("the model has adapters that are not merged; expected lora.merge before, or lora.save")
+    if dtype and model.config.quantized:
+        raise ValueError(f"dtype {dtype} came with a model that is {model.config.quantized}; expected None")
     with _beside(folder) as beside:
         _write_weights(model.config, state or model.state_dict(), beside, shard_bytes, dtype)
         _write_configs(model, tokenizer, beside, dtype or model.llama.embed_tokens.weight.dtype)

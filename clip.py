@@ -148,7 +148,8 @@ def preprocess(image: Image.Image, size: int, mode: str = "pad") -> torch.Tensor
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float()  # (3, S, S)
-    return pixels.div_(255).sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
+    mean, std = (torch.tensor(of, dtype=torch.float32)[:, None, None] for of in (MEAN, STD))
+    return pixels.div_(255).sub_(mean).div_(std)
 
 
 # -- the transformer that both towers share --------------------------------------------------------------------------

@@ -36,10 +36,12 @@ ROOM = 256  # and its cache has a multiple of so many slots, and doubles once ou
 
 
 class Memory:
-    """What the last call for a chat left: its image, and the tokens whose keys and values are in the cache."""
+    """What the last call for a chat left: its image, and the tokens whose keys and values are in the cache. Of one model,
+    whose weights stay as they are; with another nothing is known."""
 
     def __init__(self):
         self.cache: KVCache | None = None
+        self.model = lambda: None  # or a weak reference
         self.forget()
 
     def forget(self) -> None:
@@ -49,6 +51,9 @@ class Memory:
 
     def look(self, model: ViPLLaVA, pixels: torch.Tensor | None) -> torch.Tensor | None:
         """The image's patches, (I, N, C)."""
+        if self.model() is not model:
+            self.model, self.cache = weakref.ref(model), None
+            self.forget()
         if pixels is None:
             return None
         if self.pixels is None or not torch.equal(pixels, self.pixels):
@@ -95,6 +100,8 @@ def generate(
     or don't fit the context.
     """
     config, memory = model.config, memory or Memory()
+    if isinstance(prompts, torch.Tensor) or any(isinstance(p, (int, torch.Tensor)) for p in prompts):
+        raise ValueError("the prompts are a tensor, or a single one; expected a list of lists of ids")
     rows = [expand(p, config.vision.patches) for p in prompts]
     if max_new_tokens is None:
         max_new_tokens = room(config, max(map(len, rows), default=0))
@@ -194,6 +201,8 @@ def _check_request(config, prompts, rows, pixels, max_new_tokens: int) -> bool:
             f"{len(prompts)} prompts of {[len(p) for p in prompts]} tokens, max_new_tokens {max_new_tokens}; "
             "expected one prompt or more, none of them empty, and no less than 0 tokens to follow"
         )
+    if pixels is not None and not (isinstance(pixels, torch.Tensor) and pixels.is_floating_point()):
+        raise ValueError(f"pixels are {getattr(pixels, 'dtype', type(pixels).__name__)}; expected what clip.preprocess returns")
     asked, given = [list(p).count(IMAGE) for p in prompts], 0 if pixels is None else len(pixels)
     shared = given == 1 and set(asked) == {1}
     if sum(asked) != given and not shared:

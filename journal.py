@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from commandline import save_image
 from data.batches import Micro
 from parallel import Place
 from recipe import Habits, Recipe, schedule
@@ -51,10 +52,11 @@ class Journal:
                 file.writelines(f"{one}\n" for one in new)
             self.listed |= new.keys()
 
-    def step(self, done: int, recipe: Recipe, micros: list[Micro], loss: float, norm: float) -> None:
+    def step(self, done: int, recipe: Recipe, micros: list[Micro], loss: float, norm: float, last=False) -> None:
+        """last: the run stops here, so that a line is due."""
         self.samples += sum(len(micro.names) for micro in micros)
         self.tokens += sum(micro.ids.numel() for micro in micros)
-        if done % self.habits.log_every and done != recipe.steps:
+        if done % self.habits.log_every and done != recipe.steps and not last:
             return
         samples, tokens, skipped = (self.place.sum(x) for x in (self.samples, self.tokens, self.skipped))
         seconds = time.perf_counter() - self.began
@@ -64,7 +66,8 @@ class Journal:
             said["MFU"] = self.flops * tokens / seconds / (1e12 * self.habits.peak_tflops * self.place.world)
         if skipped:
             said["bad"] = int(skipped)
-        said["min left"] = (recipe.steps - done) * recipe.batch / max(samples / seconds, 1e-9) / 60
+        if samples:
+            said["min left"] = (recipe.steps - done) * recipe.batch * seconds / samples / 60
         self.report(**said)
         self.began, self.samples, self.tokens = time.perf_counter(), 0, 0
 
@@ -97,4 +100,4 @@ def plot(out: Path, width: int = 640, height: int = 360) -> None:
     pen.line([(x0 + (x1 - x0) * step / last, y1 - (y1 - y0) * math.log(v / low) / scale) for step, v in points], fill="blue")
     for text, place in ((f"{high:.3g}", (8, y0)), (f"{low:.3g}", (8, y1 - 12)), (f"step {last}", (x1 - 70, y1 + 8))):
         pen.text(place, text, fill="black")
-    image.save(out / "loss.png")
+    save_image(image, out / "loss.png")

@@ -225,10 +225,14 @@ def join_configs(config: dict, text: LlamaConfig, vision: VisionConfig, inputs: 
         raise ValueError(f"the config says template {template!r}; expected one of {', '.join(TEMPLATES)}")
     # The official layout has no image token. Its first free id is the first without a token, or without a row.
     free = min(text.vocab_size, 1 + max(tokenizer.vocab_size - 1, *tokenizer.specials.values()))
+    free = tokenizer.specials.get("<image>", free)  # a decoder may come from another LLaVA
+    layers, L = feature_layers(config, inputs, vision.width), vision.layers
+    if not all(-L - 1 <= i <= L for i in layers):
+        raise ValueError(f"feature layers {layers} came with an image tower of {L}; expected some of {-L - 1}…{L}")
     return ViPLLaVAConfig(
         vision=vision,
         text=text,
-        feature_layers=feature_layers(config, inputs, vision.width),
+        feature_layers=layers,
         projector_eps=_positive(config, "projector_layernorm_eps", 1e-5, whole=False),
         image_token_id=_positive(config, "image_token_index", _positive(config, "image_token_id", free, True), True),
         template=template,

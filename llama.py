@@ -258,13 +258,16 @@ def sample(
 
     temperature 0 takes the likeliest token. Otherwise logits / temperature, then only the top_k likeliest (0: all),
     then only the likeliest ones whose probabilities first sum to top_p, as Hugging Face orders the three. `generator`
-    lives on the logits' device; None is PyTorch's global one. Raises ValueError for a value out of range.
+    lives on the logits' device; None is PyTorch's global one. Raises ValueError for a value out of range, and on a CPU,
+    where it makes nobody wait, for logits that are no numbers.
     """
     if not ((temperature == 0 or 1e-6 <= temperature < float("inf")) and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(
             f"temperature {temperature}, top_k {top_k}, top_p {top_p}; expected a temperature of 0 or at least 1e-6, "
             "top_k >= 0, 0 < top_p <= 1"
         )
+    if logits.device.type == "cpu" and logits.isnan().any():
+        raise ValueError("the logits are no numbers; expected sound weights, and in float16 ones that don't exceed it")
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float()

@@ -44,12 +44,12 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator | None = None):
         super().__init__()
         self.base, self.scale = base.requires_grad_(False), alpha / rank
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))  # float32: small steps count
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        there = {"device": base.weight.device, "dtype": torch.float32}  # as small steps count
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **there))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **there))
         bound = 1 / math.sqrt(base.in_features)
         with torch.no_grad():
-            self.lora_A.copy_(torch.rand(self.lora_A.shape, generator=generator) * 2 * bound - bound)
+            self.lora_A.copy_(torch.rand(self.lora_A.shape, generator=generator, dtype=torch.float32) * 2 * bound - bound)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         change = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
@@ -65,16 +65,18 @@ class LoRALinear(nn.Module):
 def add(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TARGETS, generator=None) -> nn.Module:
     """Put a LoRALinear in the place of every target of model.llama; only these and the projector are trained then.
 
-    generator: of the matrices A, on the CPU; None is PyTorch's global one. ValueError for a rank that is no rank, and
-    for a target of which the decoder has none.
+    generator: of the matrices A, on the CPU; None is PyTorch's global one. ValueError for a rank that is no rank, for a
+    target of which the decoder has none, and for a model that is quantised or has adapters already.
     """
-    if rank < 1 or not 0 < alpha < math.inf:
+    if not isinstance(rank, int) or rank < 1 or not 0 < alpha < math.inf:
         raise ValueError(f"rank {rank} and alpha {alpha}; expected a rank of 1 or more and an alpha above 0")
+    if wrong := [name for name in targets if name not in (*TARGETS, HEAD)] or [""] * (not targets):
+        raise ValueError(f"target {wrong[0]!r}; expected one or more of {', '.join((*TARGETS, HEAD))}")
+    if model.config.quantized or adapters(model):
+        what = f"is {model.config.quantized}" if model.config.quantized else "has adapters"
+        raise ValueError(f"the model {what} already; expected one of 16 or 32 bits a weight, all of whose adapters are merged")
     model.requires_grad_(False)
     model.projector.requires_grad_(True)
-    for name in targets:
-        if name not in (*TARGETS, HEAD):
-            raise ValueError(f"target {name!r}; expected one or more of {', '.join((*TARGETS, HEAD))}")
     model.adapted = digest(model)  # while it is whole, and nothing is added: `save` writes it down
     blocks = [part for block in model.llama.layers for part in (block.self_attn, block.mlp)]
     for part in (*blocks, model.llama):
@@ -107,15 +109,20 @@ def merge(model: nn.Module) -> nn.Module:
 
 def save(model: nn.Module, folder: str | Path, base: str, state: dict | None = None) -> None:
     """Write folder/adapter.safetensors: the matrices A and B, the projector, and what they belong to. state: the
-    model's, where its own tensors are shares of several processes."""
+    model's, where its own tensors are shares of several processes. ValueError: there are none, or a whole model is in the
+    folder, which would not be found any more."""
+    import checkpoint  # which imports this file
+
     parts = adapters(model)
+    if not parts:
+        raise ValueError("the model has no adapters; expected one that lora.add was given")
+    folder = checkpoint.check_target(folder, adapter=True)
     first = next(iter(parts.values()))
     rank, targets = first.lora_A.size(0), sorted({name.rpartition(".")[2] for name in parts})
     what = {"base": base, "digest": model.adapted, "rank": rank, "alpha": first.scale * rank, "targets": targets,
             "template": model.config.template}  # fmt: skip
     state = {name: x for name, x in (state or model.state_dict()).items()
              if ".lora_" in name or name.startswith("projector.")}  # fmt: skip
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / f"{FILE}.part"
     write_tensors({name: x.cpu().contiguous() for name, x in state.items()}, beside, {"about": json.dumps(what)})

@@ -77,9 +77,11 @@ def rgb_of(color: str | Sequence[int]) -> tuple[int, int, int]:
 
 def _numbers(values, what):
     try:
+        if any(isinstance(v, (bool, np.bool_)) for v in values):      # a bitmap's row
+            raise TypeError
         values = tuple(float(v) for v in values)
     except (TypeError, ValueError):
-        raise ValueError(f"{what} needs numbers, got {values!r}") from None
+        raise ValueError(f"{what} needs numbers, got {values!r:.200}") from None
     for v in values:
         if not -LIMIT <= v <= LIMIT:      # NaN fails this as well
             raise ValueError(f"{what} needs numbers within -{LIMIT}..{LIMIT} pixels, got {v}")
@@ -96,6 +98,14 @@ def _points(values, what):
         if not np.iterable(pair) or len(pair) != 2:
             raise ValueError(f"{what} needs pairs x, y, got {pair!r}")
     return tuple(_numbers(pair, what) for pair in values)
+
+
+def _bits(bitmap):
+    """A copy, as bool. Probabilities and logits are refused: which of them is in the mask, nobody has said."""
+    bitmap = np.array(bitmap)
+    if bitmap.dtype != bool and not np.isin(bitmap, (0, 1)).all() and bitmap.dtype.kind not in "ui":
+        raise ValueError(f"a bitmap needs true and false, got {bitmap.dtype} other than 0 and 1: compare it with a threshold")
+    return bitmap.astype(bool)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +125,7 @@ class Region:
         for polygon in polygons:
             if len(polygon) < 3:
                 raise ValueError(f"a polygon needs at least 3 points, got {len(polygon)}")
-        bitmap = None if self.bitmap is None else np.array(self.bitmap, dtype=bool)      # a copy, to be frozen too
+        bitmap = None if self.bitmap is None else _bits(self.bitmap)
         if bitmap is not None:
             if bitmap.ndim != 2 or not bitmap.any():
                 raise ValueError(f"a bitmap needs shape (height, width) and a pixel that is set, got {bitmap.shape} "
@@ -608,9 +618,12 @@ def _on_image(m, size):
 
 def draw(image: Image.Image, markers: Iterable[Marker]) -> Image.Image:
     """A new RGB image with the markers blended onto it in order; all other pixels keep their values. ValueError for a
-    marker of which nothing lies on the image, and for a bitmap that is not of the image's size."""
+    marker of which nothing lies on the image, for a bitmap that is not of the image's size, and for an image of which
+    RGB would show something else: one of more than 8 bits, or transparent."""
     if isinstance(markers, Marker):
         raise ValueError(f"draw got one marker, {phrase(markers)}; expected a list of markers")
+    if image.mode[0] in "IF" or image.has_transparency_data:
+        raise ValueError(f"draw got a {image.mode} image with more than 8 bits or transparency; expected RGB")
     image = image.copy() if image.mode == "RGB" else image.convert("RGB")
     for m in markers:
         _check_size(m.mask, image.size)

@@ -325,9 +325,9 @@ def main(argv: list[str]) -> None:
         if question is not None:
             chat.ask(question)
         return chat.run()
-    result = say(image, markers, turns)
     if args.show:
         save_image(draw(image, markers), args.show)
+    result = say(image, markers, turns)
     if args.json:
         print(json.dumps(report(model, tokenizer, args.model, result, load)))
 

@@ -50,8 +50,11 @@ def save(out: Path, model, optimizers, step: int, about: dict, keep: int) -> Non
     weights, moments = get_state_dict(model, optimizers, options=OPTIONS)
     try:
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=beside)
-    except RuntimeError as error:  # PyTorch's, of a disk that is full
-        raise OSError(f"{beside} can't be written ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, dcp.CheckpointException) as error:  # PyTorch's, of a disk that is full
+        reasons = [reason for reason, *_ in getattr(error, "failures", {}).values()] or [error]
+        if _first():
+            shutil.rmtree(beside, ignore_errors=True)
+        raise OSError(f"{beside} can't be written ({str(reasons[0]).splitlines()[0]})") from None
     if _first():
         (beside / "about.json").write_text(json.dumps({"step": step, **about}, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)

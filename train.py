@@ -42,7 +42,7 @@ import llama
 import lora
 import states
 from chat import HUMAN
-from commandline import Parser, at_least, run
+from commandline import Parser, at_least, check_ours, run
 from data import scenes
 from data.batches import SCENES, Examples, Micro, RecordSource, SceneSource, batches, parse_mix, text_sample
 from data.records import BadRecord, Records
@@ -163,17 +163,19 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
             journal.measure(0, lambda: measure(model.eval()))
     learned = 0
     for step, (micros, bad) in enumerate(steps, first):
-        if bad and not habits.skip_bad:
-            raise bad[0]
+        if not habits.skip_bad and place.most(bool(bad)):  # in the records of any of the processes
+            if step > first and place.most(learned):
+                states.save(out, model, optimizers, step, about, habits.keep)  # to go on from with --skip-bad
+            raise bad[0] if bad else SystemExit(2)
         journal.bad(bad)
         learned += sum(len(micro.names) for micro in micros)
         loss, norm = update(objective, optimizers, trained, micros, recipe, step, place)
         done = step + 1
-        journal.step(done, recipe, micros, loss, norm)
+        stop = place.most(bool(stopping))  # on any of the processes: all stop after the same step
+        journal.step(done, recipe, micros, loss, norm, stop)
         if measure and (done % habits.eval_every == 0 or done == recipe.steps):
             with lowered(place.device, low):
                 journal.measure(done, lambda: measure(model.eval()))
-        stop = place.most(bool(stopping))  # on any of the processes: all stop after the same step
         if (done % habits.save_every == 0 or done == recipe.steps or stop) and (first or place.most(learned)):
             states.save(out, model, optimizers, done, about, habits.keep)  # as long as all were bad there is nothing to keep
         if stop:
@@ -363,6 +365,8 @@ def main(argv: list[str]) -> None:
     fields = [field.name for field in dataclasses.fields(Recipe)]
     typed = {name: getattr(args, name) for name in fields if hasattr(args, name)}
     recipe = dataclasses.replace(read_recipe(args.recipe), **({"steps": 0} if "epochs" in typed else {}) | typed)
+    if typed.get("steps") and "epochs" in typed:
+        raise ValueError(f"--steps {recipe.steps} and --epochs {recipe.epochs:g} came; expected one of them")
     for name in ("rank", "alpha", "targets"):
         if name in typed and recipe.train != "lora":
             raise ValueError(f"--{name} came with a recipe that trains {recipe.train!r}; expected one that trains 'lora'")
@@ -373,6 +377,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--out {args.out} holds a model that no training wrote there; expected another folder")
     if recipe.train == "lora" and not args.model:
         raise ValueError("an adapter has no base; expected --model")
+    if args.plot:
+        check_ours(target / "loss.png")
     place = find_place(args.device)
     torch.set_flush_denormal(True)  # a CPU works through numbers next to zero at a hundredth of its speed
     low = getattr(torch, args.precision or ("bfloat16" if place.device.type == "cuda" else "float32"))

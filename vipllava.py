@@ -111,7 +111,7 @@ class ViPLLaVA(nn.Module):
     def loss(self, ids: torch.Tensor, labels: torch.Tensor, pixels=None, unseen=None, reduction="mean") -> torch.Tensor:
         """Cross-entropy of the next token over the labels (B, T) that are not IGNORE, their "mean" or "sum".
 
-        The head, the largest matrix of a small model, is applied only where a label is trained.
+        The head, the largest matrix of a small model, is applied only where a label is trained. ValueError: none is.
         """
         hidden = self(ids, pixels, unseen)[:, :-1]  # the state at t predicts the label at t + 1
         target = labels[:, 1:]

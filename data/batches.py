@@ -11,6 +11,7 @@ workers, nor processes, nor a stop and a start anew change what is learned from:
 
 import functools
 import math
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -251,8 +252,15 @@ def order(data: Examples, batch: int, seed: int, first: int, last: int) -> Itera
         data.forget()
 
 
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM often come to all processes of a run: the first one finishes its step, for which it needs the others."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+
+
 def batches(data: Examples, batch: int, seed: int, first: int, last: int, *, micro=0, rank=0, world=1, workers=0, pin=False):
     """For each of the steps first … last - 1 this process's micro-batches, and the bad records among them."""
     mine = (members[rank::world] for members in order(data, batch, seed, first, last))
     into_micros = functools.partial(_step, micro=micro or -(-batch // world), join=data.collate)
-    return iter(DataLoader(data, batch_sampler=mine, collate_fn=into_micros, num_workers=workers, pin_memory=pin))
+    return iter(DataLoader(data, batch_sampler=mine, collate_fn=into_micros, num_workers=workers, pin_memory=pin,
+                           worker_init_fn=_leave_signals))  # fmt: skip

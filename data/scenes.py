@@ -1,7 +1,7 @@
 """Scenes of coloured objects whose truth is known exactly: the small world that is learned from, and tested on.
 
-A photograph has to be annotated; a drawn scene annotates itself. Each one holds 2-6 objects unless told, each a shape in a color,
-each in its own cell of a 3 x 3 grid, so that "bottom left" names one object and no two objects touch:
+A photograph has to be annotated; a drawn scene annotates itself. Each one holds 2-6 objects unless told, each a shape in
+a color, each in its own cell of a 3 x 3 grid, so that "bottom left" names one object and no two objects touch:
 
     sample_scene  generator -> Scene      what is where: all the randomness
     render        Scene     -> image      the same scene is always the same picture

@@ -184,6 +184,8 @@ def main(argv: list[str]) -> None:
     elif args.command == "houses":
         houses(args.out, args.n)
     else:
+        if args.out.suffix.lower() not in (".png", ".jpg") or not args.out.parent.is_dir():
+            raise ValueError(f"can't write {args.out}; expected a name that ends in .png or .jpg, in a folder that exists")
         check_ours(args.out)
         pictures[args.command][1](args.out)
 

@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -173,7 +174,10 @@ def ask(benchmark: Benchmark, args, numbers: Sequence[int] | None = None) -> lis
     numbers = range(len(JSONFile(args.data))) if numbers is None else numbers
     if not numbers:
         raise ValueError(f"no records in {args.data}")
-    done = {line["metadata"]["record"]: line for line in read_lines(path, ["metadata"]) if "error" not in line["metadata"]}
+    before = read_lines(path, ["metadata"])
+    if not all(map(is_answer, before)):
+        raise ValueError(f"{path} holds lines that were not written here; expected another --out")
+    done = {line["metadata"]["record"]: line for line in before if "error" not in line["metadata"]}
     missing = [k for k in numbers if k not in done]
     made = [folder for folder in (args.out, *args.out.parents) if not folder.exists()]
     check_settings(args)
@@ -194,6 +198,14 @@ def ask(benchmark: Benchmark, args, numbers: Sequence[int] | None = None) -> lis
         about = done[numbers[0]]["metadata"]
         raise ValueError(f"all {len(numbers)} records of {args.data} are bad; {about['where']}: {about['error']}")
     return [done[k] for k in numbers]
+
+
+def is_answer(line: dict) -> bool:
+    """Or what was said of a bad record."""
+    about = line["metadata"]
+    if not isinstance(about, dict) or not isinstance(about.get("record"), int):
+        return False
+    return "error" in about or "truth" in about and isinstance(line.get("text"), str)
 
 
 def respond(benchmark: Benchmark, args, batches: list[list[int]]) -> Iterator[list[dict]]:
@@ -221,8 +233,15 @@ _mine: dict = {}  # of a process of a pool: what it begins with, and its respond
 
 def _start(benchmark: Benchmark, args, ranks, processes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends the others
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     _mine["begins"] = (benchmark, args, ranks.get())
+
+
+def _end_with(parent) -> None:
+    """Where the first process is killed, and ends nobody, this one would keep its model for ever."""
+    parent.join()
+    os._exit(1)
 
 
 def _work(numbers: Sequence[int]) -> list[dict]:
@@ -306,6 +325,8 @@ def check_settings(args) -> None:
             return
         if has_answers(args.out) or not {"model", "weights", "data"} <= before.keys():
             raise ValueError(f"{args.out} holds answers of another run ({differences[0]}); expected the same, or another --out")
+    elif has_answers(args.out):
+        raise ValueError(f"{args.out} holds answers, and no run.json that says of what; expected another --out")
     args.out.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(settings, indent=1) + "\n")
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -170,3 +172,13 @@ def test_texts_are_what_is_said_without_the_picture(tmp_path):
     for start in ("", "What is", "Which ", "How many", "Describe the object", "Please describe the relationship"):
         assert any(question.startswith(start) and bool(question) == bool(start) for question in questions), start
     assert samples[5].turns == source.sample(5).turns
+
+
+def test_signals_are_for_the_first_process(small):
+    """Guards against workers that SIGTERM to all processes of a run ends, before the step that needs them."""
+    steps = batches(examples(small), 3, 0, 0, 8, workers=1)
+    want = [micro.names for micros, _ in batches(examples(small), 3, 0, 0, 8) for micro in micros]
+    got = [micro.names for micro in next(steps)[0]]
+    for name in (signal.SIGTERM, signal.SIGINT):
+        os.kill(steps._workers[0].pid, name)
+    assert got + [micro.names for micros, _ in steps for micro in micros] == want

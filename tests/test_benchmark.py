@@ -1,7 +1,12 @@
 """Benchmarks, end to end on the small world's files: what is asked, kept, counted, and the same twice."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +82,40 @@ def test_two_processes_the_same(world, first_run, tmp_path):
     assert (tmp_path / "answers.jsonl").read_bytes() == (first_run / "visual7w/answers.jsonl").read_bytes()
 
 
+KILLED = """
+import multiprocessing, os, time
+from evals import benchmark
+
+def answer(ranks):
+    benchmark._start(None, None, ranks, 1)
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    ranks = context.SimpleQueue()
+    ranks.put(0)
+    context.Process(target=answer, args=(ranks,)).start()
+    time.sleep(60)
+"""
+
+
+def test_a_killed_run_leaves_no_process(tmp_path):
+    """Guards against processes that answer, each with a model in memory, for a first one that was killed."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    first = subprocess.Popen([sys.executable, "killed.py"], cwd=tmp_path, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    other = int(first.stdout.readline())
+    first.kill()
+    first.wait()
+    for _ in range(300):
+        state = Path(f"/proc/{other}/stat").read_text().split()[2] if Path(f"/proc/{other}").exists() else "Z"
+        if state == "Z":
+            return
+        time.sleep(0.1)
+    os.kill(other, signal.SIGKILL)
+    pytest.fail("it was still there after 30 s")
+
+
 def test_a_process_that_cannot_load_says_so(world, tmp_path, capsys):
     """Guards against workers that are started again and again, without a word."""
     shutil.copytree("weights/tiny", tmp_path / "tiny")
@@ -121,6 +160,9 @@ def test_answers_of_another_run_are_not_taken(world, first_run, tmp_path, capsys
     (tmp_path / "tiny/model.safetensors").touch()
     assert evaluate("visual7w", world, tmp_path / "mine", "--model", str(tmp_path / "tiny")) == 2
     assert "another run (weights " in capsys.readouterr().err
+    (tmp_path / "out/run.json").unlink()
+    assert evaluate("visual7w", world, tmp_path / "out", "--seed", "1") == 2
+    assert "holds answers, and no run.json that says of what" in capsys.readouterr().err
     assert (tmp_path / "out/answers.jsonl").read_bytes() == before
 
 
@@ -218,6 +260,10 @@ def test_a_damaged_file_of_answers_is_named(world, first_run, tmp_path, capsys):
         (tmp_path / "out/answers.jsonl").write_text(damaged)
         assert evaluate("pointqa", world, tmp_path / "out") == 2
         assert "answers.jsonl can't be read" in capsys.readouterr().err
+    for about in ({}, None, {"record": 0}, {"record": [0], "truth": "A"}, {"record": 0, "truth": "A"}):
+        benchmark.write_lines(tmp_path / "out/answers.jsonl", [{"metadata": about, "texts": "A"}])
+        assert evaluate("pointqa", world, tmp_path / "out") == 2
+        assert "holds lines that were not written here" in capsys.readouterr().err
 
 
 def test_half_a_letter_is_half_a_line(tmp_path):

@@ -371,6 +371,11 @@ def test_feature_layers_of_the_config(tmp_path, key, given, layers):
     assert loaded.config == model.config
 
 
+def test_layers_that_a_tower_lacks_are_refused(tmp_path):
+    """Guards against: an error at the first image only, after a training perhaps."""
+    assert fails(write(tmp_path, {**HF, "vision_feature_layer": [99]}, tensors_of(make(feature_layers=(1,)), str)), "feature layers (99,)")
+
+
 def test_an_unknown_number_of_layers_is_refused(tmp_path):
     """Guards against: a guess at which three layers a projector was made for."""
     assert fails(write(tmp_path, HF, tensors_of(make(feature_layers=(1, 2, 3)), str)), "3 layers", "vision_feature_layers")
@@ -432,7 +437,24 @@ def test_templates():
         assert join({}, Tokenizer(spec)) == template
 
 
+def test_an_image_token_that_the_tokenizer_has(tmp_path):
+    """Guards against: a decoder of another LLaVA, joined with a tower, that can't be saved once it is trained."""
+    spec = {**TOKENIZER.spec, "added_tokens": [*TOKENIZER.spec["added_tokens"], {"id": VOCAB, "content": "<image>", "special": True}]}
+    config = layouts.join_configs({}, replace(TEXT, vocab_size=VOCAB + 2), VISION, 120, Tokenizer(spec))
+    assert config.image_token_id == VOCAB
+    checkpoint.save(ViPLLaVA(config), Tokenizer(spec), tmp_path / "a")
+    assert checkpoint.load(tmp_path / "a", "cpu")[0].config == config
+
+
 # -- save ------------------------------------------------------------------------------------------------------------
+
+
+def test_whole_numbers_get_no_other_type(tmp_path):
+    """Guards against: quantised weights that are written as 16 bits, and never load again."""
+    model, tokenizer = checkpoint.load("tiny", "cpu", "stored", quantize="int4", ready=False)
+    with pytest.raises(ValueError, match="came with a model that is int4"):
+        checkpoint.save(model, tokenizer, tmp_path / "a", dtype=torch.bfloat16)
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

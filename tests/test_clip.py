@@ -204,6 +204,17 @@ def test_padding_is_clips_mean():
     assert torch.equal(top, color[:, None].expand(3, 30))
 
 
+def test_pixels_whatever_the_default():
+    """Guards against: a mean and a deviation that are rounded where a program's default is 16 bits."""
+    image = Image.new("RGB", (8, 8), (10, 200, 30))
+    expected = preprocess(image, 8)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(preprocess(image, 8), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_squeeze_ignores_the_aspect_ratio():
     """Guards against: "squeeze" cropping or padding."""
     array = random_image(20, 10, seed=5)

@@ -333,6 +333,23 @@ def test_several_questions_about_one_image_share_it(seed, window, work):
         assert together == [answers(model, [prompt], pixels, max_new_tokens=8)[0] for prompt in prompts]
 
 
+def test_a_memory_is_of_one_model():
+    """Guards against the keys of one model that another's queries meet: a base, and what was tuned of it."""
+    (first, pixels), (other, _), memory = small(1), small(2), Memory()
+    prompt = PROMPTS[0]
+    assert answers(first, [prompt], pixels[:1], max_new_tokens=4, memory=memory)
+    assert answers(other, [prompt], pixels[:1], max_new_tokens=4, memory=memory) == answers(other, [prompt], pixels[:1], max_new_tokens=4)
+
+
+def test_what_is_no_request_is_refused():
+    """Guards against pixels of 0 to 255 that are taken for normalised ones, and tracebacks for tensors of ids."""
+    model, pixels = small(1)
+    for prompts, images, words in ((PROMPTS[:1], pixels[:1].to(torch.uint8), "pixels are torch.uint8"), (PROMPTS[:1], [1], "pixels are list"),
+                                   (torch.tensor([[1, 2]]), None, "expected a list of lists"), ([1, 2], None, "expected a list of lists")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            next(generate(model, prompts, images, max_new_tokens=1))
+
+
 def test_steps_are_launched_ahead_and_what_comes_too_late_is_dropped(monkeypatch):
     """Guards against: a GPU's answer that differs from a CPU's. The order of a GPU, made here on a CPU."""
     model, pixels = small(3)

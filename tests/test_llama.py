@@ -464,3 +464,10 @@ def test_a_small_temperature_is_greedy():
     """Guards against an overflow at the smallest temperature allowed: the likeliest token has all of the odds."""
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * 100
     assert torch.equal(sample(logits, 1e-6), logits.argmax(dim=-1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(temperature):
+    """Guards against diverged weights that answer with the first word for ever."""
+    with pytest.raises(ValueError, match="the logits are no numbers"):
+        sample(torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]), temperature)

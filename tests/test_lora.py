@@ -163,3 +163,36 @@ def test_an_adapter_of_another_base_is_refused(base, tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="can't be read as an adapter"):
         checkpoint.load(tmp_path / "mine")
+
+
+def test_what_cannot_have_an_adapter_is_refused(base, tmp_path):
+    """Guards against a first adapter that a second one freezes, an AttributeError for a quantised model, and files that do not
+    load: of a model with adapters, a quantised one beside them, an adapter beside a whole model, which hides it."""
+    model = lora.add(load(base), 2, 4.0, ["q_proj"])
+    with pytest.raises(ValueError, match="has adapters already"):
+        lora.add(model, 2, 4.0, ["v_proj"])
+    assert all(part.lora_A.requires_grad for part in lora.adapters(model).values())
+    with pytest.raises(ValueError, match="adapters that are not merged"):
+        checkpoint.save(model, None, tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+    with pytest.raises(ValueError, match="the model has an adapter, llama.layers.0"):
+        quant.quantize(model, "int8")
+    with pytest.raises(ValueError, match="expected another folder for an adapter"):
+        lora.save(model, base, "somewhere")
+    with pytest.raises(ValueError, match="no adapters"):
+        lora.save(load(base), tmp_path / "none", "somewhere")
+    with pytest.raises(ValueError, match="is int8 already"):
+        lora.add(quant.quantize(load(base), "int8"), 2, 4.0)
+    for rank, targets, words in ((2.5, ["q_proj"], "rank 2.5"), (2, [], "expected one or more of q_proj")):
+        with pytest.raises(ValueError, match=words):
+            lora.add(load(base), rank, 4.0, targets)
+
+
+def test_an_adapter_is_float32_whatever_the_default(base):
+    """Guards against small steps that are rounded away."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = lora.add(load(base), 2, 4.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for name, p in model.named_parameters() if ".lora_" in name} == {torch.float32}

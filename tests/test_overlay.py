@@ -396,6 +396,12 @@ def test_bitmaps_and_polygons_agree():
 
 # -- made by hand ----------------------------------------------------------------------------------------------------
 
+def test_numbers_as_a_bitmap():
+    """Guards: a mask of zeros and other whole numbers, or of 0.0 and 1.0, that is refused as a soft one."""
+    for bitmap in (255 * BITMAP.astype(np.uint8), BITMAP.astype(np.float32), BITMAP.tolist()):
+        assert Region(bitmap=bitmap) == Region(bitmap=BITMAP)
+
+
 def test_made_by_hand():
     """Guards: defaults that ignore the image's size, geometry that is taken for something else."""
     big = (672, 448)
@@ -486,6 +492,12 @@ ERRORS = {
     "and not both of the latter": lambda: Region(polygons=PARTS, bitmap=BITMAP),
     "got \\(70, 96\\) with 0 set": lambda: Region(bitmap=np.zeros((H, W))),
     "got \\(96,\\)": lambda: Region(bitmap=np.ones(W)),
+    "a bitmap needs true and false, got float64": lambda: Region(bitmap=np.where(BITMAP, 0.9, 0.1)),      # probabilities
+    "a bitmap needs true and false, got float32": lambda: Region(bitmap=np.where(BITMAP, 4, -4).astype("f4")),  # logits
+    "a mask needs numbers|a polygon needs numbers, got \\(": lambda: make_marker("mask", BITMAP.tolist(), SIZE),
+    "draw got a I;16 image": lambda: draw(Image.new("I;16", SIZE), [HAND_MASK]),
+    "draw got a F image": lambda: draw(Image.new("F", SIZE), [HAND_MASK]),
+    "draw got a RGBA image": lambda: draw(Image.new("RGBA", SIZE), [HAND_MASK]),
     "the bitmap is 96 x 70 pixels, the image 70 x 96": lambda: sampled(REGIONS["bitmap"], (H, W)),
     "the bitmap is 96 x 70 pixels, the image 97 x 70": lambda: draw(blank((97, 70)), [HAND_MASK]),
     "lies outside the image of 96 x 70 pixels": lambda: sampled(Region(box=(96, 0, 120, 40))),

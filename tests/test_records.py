@@ -268,6 +268,7 @@ BAD = [
     ("pointQA_twice", "general_question", None, "expected text"),
     ("regions", "regions", [{"circle": 3}], "region 0 is {'circle': 3}; expected box, polygons or mask"),
     ("regions", "regions", [{"mask": "none.png"}], "mask none.png is not in"),
+    ("regions", "regions", [{"box": [10, 10, 20, 20], "polygons": [[100, 90, 120, 90, 120, 110]]}] * 3, "region 0 has the box (10.0, "),
     ("regions", "markers", ["arrow"], "1 markers and 3 regions"),
     ("regions", "markers", ["arrow", "cross", "point"], "a marker is {'kind': 'cross'}; expected a kind"),
     ("regions", "markers", [{"kind": "arrow", "color": "red"}] * 3, 'two markers would both be "pointed to by the red arrow"'),

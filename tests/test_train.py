@@ -214,29 +214,34 @@ def test_loss_falls(tmp_path, capsys):
     assert "no loss.png" not in capsys.readouterr().out
     main(["tiny-captions", "--out", str(tmp_path / "short"), "--steps", "1", "--plot", *FLAGS])
     assert "no loss.png: the log has 1 losses; expected two or more" in capsys.readouterr().out
+    Image.new("RGB", (9, 9)).save(tmp_path / "loss.png")
+    with pytest.raises(ValueError, match="loss.png is there already, and doesn't say that it was drawn here"):
+        main(["tiny-captions", "--out", str(tmp_path), "--steps", "25", "--plot", *FLAGS])
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_stopped_run_continues_exactly(optimizer, tmp_path, monkeypatch, capfd):
-    """Guards against a resume that forgets an optimizer, the schedule or the place in the data: bit for bit."""
-    command = ["tiny-markers", "--steps", "8", "--save-every", "100", "--optimizer", optimizer, *FLAGS, "--out"]
+    """Guards against a resume that forgets an optimizer, the schedule or the place in the data: bit for bit. And against
+    one that is refused, as the run had logged nothing yet when it was stopped."""
+    command = ["tiny-markers", "--steps", "8", "--save-every", "100", "--optimizer", optimizer, *FLAGS, "--log-every", "100", "--out"]
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     main([*command, str(tmp_path / "whole")])
-    step = journal.Journal.step
+    update = train.update
 
-    def stop_at_5(self, done, *rest):
-        step(self, done, *rest)
-        if done == 5:
+    def stop_at_5(objective, optimizers, trained, micros, recipe, step, place):
+        if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
+        return update(objective, optimizers, trained, micros, recipe, step, place)
 
-    monkeypatch.setattr(journal.Journal, "step", stop_at_5)
+    monkeypatch.setattr(train, "update", stop_at_5)
     with pytest.raises(SystemExit, match="stopped after step 5 of 8"):
         main([*command, str(tmp_path / "cut")])
     assert capfd.readouterr().err == "stopping after this step\n"
-    monkeypatch.setattr(journal.Journal, "step", step)
+    monkeypatch.setattr(train, "update", update)
     main([*command, str(tmp_path / "cut")])
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert "resumed" in capfd.readouterr().out and losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert "resumed" in capfd.readouterr().out and losses(tmp_path / "cut")[8] == losses(tmp_path / "whole")[8]
+    assert sorted(losses(tmp_path / "cut")) == [5, 8] and sorted(losses(tmp_path / "whole")) == [8]
     models = [checkpoint.load(tmp_path / name, "cpu", torch.float32)[0].state_dict() for name in ("cut", "whole")]
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
@@ -326,12 +331,16 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     def full(state, checkpoint_id):
         if "00000004" in str(checkpoint_id):
             (Path(checkpoint_id) / "__0_0.distcp").write_bytes(b"half")
-            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+            raise reason
         return whole(state, checkpoint_id=checkpoint_id)
 
     monkeypatch.setattr(states.dcp, "save", full)
-    with pytest.raises(OSError, match="00000004.part can't be written .*unexpected pos"):
-        main(command)
+    position = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    no_space = states.dcp.CheckpointException("", {0: (OSError(28, "No space left on device"), None)})
+    for reason, words in ((position, "unexpected pos"), (no_space, "No space left")):
+        with pytest.raises(OSError, match=f"00000004.part can't be written .*{words}"):
+            main(command)
+        assert [f.name for f in (tmp_path / "run" / "states").iterdir()] == ["step-00000002"]
     monkeypatch.undo()
     monkeypatch.setattr(train, "TINY", TINIER)
     main(command)
@@ -666,12 +675,15 @@ def test_plain_captions_have_the_images_centre(mine):
     assert torch.equal(rows[0], green) and not torch.allclose(rows[1], green)
 
 
-def test_bad_records_stop_or_are_listed(base, mine, tmp_path):
+def test_bad_records_stop_or_are_listed(base, mine, tmp_path, capsys):
     """Guards against a bad record that is passed over in silence, and one that costs a whole night."""
     argv = ["stage2", "--model", str(base), "--data", str(mine / "bad.json"), "--images", str(mine), "--batch", "4",
             "--log-every", "1", "--length", "300", "--device", "cpu", "--out", str(tmp_path / "run")]  # fmt: skip
     with pytest.raises(ValueError, match=r"bad\.json, line 1, record 6, mine-5: image none\.png is not in"):
-        main(argv)
+        main([*argv[:-1], str(tmp_path / "stopped")])
+    assert max(losses(tmp_path / "stopped")) > 0
+    main([*argv[:-1], str(tmp_path / "stopped"), "--skip-bad"])
+    assert f"resumed {tmp_path / 'stopped/states/step-0000000'}" in capsys.readouterr().out  # nothing learned is lost
     with pytest.raises(ValueError, match="mine-5"):
         main([*argv[:-1], str(tmp_path / "none"), "--batch", "12"])
     assert not (tmp_path / "none").exists()  # of no step, nothing is left
@@ -734,7 +746,7 @@ def test_a_recipe_of_one_s_own(text, words, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--lr", "x"], "invalid float"), (["--data", "cats"], "data 'cats' is neither a file nor drawn here"), (["--model", "/nowhere"], "no model"),
     (["--rank", "4"], "--rank came with a recipe that trains"), (["--batch", "-1"], "batch is -1"),
-    (["--steps", "0"], "scenes never end"), (["--device", "abacus"], "no device"),
+    (["--steps", "5", "--epochs", "2"], "--steps 5 and --epochs 2 came; expected one of them"), (["--steps", "0"], "scenes never end"), (["--device", "abacus"], "no device"),
     (["--lr", "nan"], "lr is nan"), (["--log-every", "0"], "expected 1 or more"), (["--workers", "-1"], "expected 0 or more"),
     (["--train", "some"], "train is 'some'"), (["--template", "x"], "template is 'x'"), (["--data", ""], "no data"),
     (["--data", "markers=0"], "more than 0"), (["--data", "markers=x"], "a number"),
