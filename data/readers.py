@@ -159,7 +159,7 @@ def _regions(record, images, generator) -> Plan:
         region = Region(box=given.get("box"), polygons=given.get("polygons", ()), bitmap=bitmap)
         x0, y0, x1, y1 = region.bounds
         if region.box and not (region.box[0] < x1 and x0 < region.box[2] and region.box[1] < y1 and y0 < region.box[3]):
-            raise ValueError(f"region {number} has the box {region.box}, and what is within {region.bounds}; expected x0, y0, x1, y1 around it")
+            raise ValueError(f"region {number} has the box {region.box}, and its mask is within {region.bounds}; expected x0, y0, x1, y1")
         groups.append([region])
     given = field(record, "markers", list) if record.get("markers") else []
     if given and len(given) != len(groups):
