@@ -21,7 +21,6 @@ import contextlib
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +34,7 @@ import halves
 import quant
 from chat import stop_ids
 from clip import CLIP
-from commandline import check_device
+from commandline import check_device, with_bar
 from files import Part, weight_files, write_tensors
 from hub import find
 from layouts import (CLIP_REST, FIVE, METHOD, OFFICIAL, clip_config_json, clip_configs, clip_name, config_json,
@@ -201,21 +200,13 @@ def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=(), quantize=
     stored = parts[0].dtype
     dtype = stored if dtype == "stored" else dtype or default_dtype(device, size, stored)
     tensors = {name: x.to(device, dtype) for name, x in fresh.items()}
-    reading = _with_bar((pair for part in parts for pair in part.read(device, dtype, passing=bool(quantize))), len(found) - len(fresh))
+    pairs = (pair for part in parts for pair in part.read(device, dtype, passing=bool(quantize)))
+    reading = with_bar(pairs, "weights", len(found) - len(fresh))
     tensors.update(quant.compress(reading, quantize) if quantize else reading)
     model.load_state_dict({name: tensors[rename(name)] for name in model.state_dict()}, assign=True)
     if dtype.itemsize == 2 and device.type == "cpu":
         halves.widen(model)
     return model.eval()
-
-
-def _with_bar(pairs: Iterator, total: int) -> Iterator:
-    """The same pairs, with a progress bar on stderr where a person watches."""
-    if not sys.stderr.isatty():
-        return pairs
-    from huggingface_hub.utils import tqdm  # half a second that nobody else needs to wait
-
-    return tqdm(pairs, "weights", total, leave=False)
 
 
 def default_dtype(device: torch.device, parameters: int, stored: torch.dtype) -> torch.dtype:

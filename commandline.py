@@ -15,7 +15,7 @@ import argparse
 import os
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -53,6 +53,15 @@ def at_least(low: int, text: str) -> int:
     if value < low:
         raise argparse.ArgumentTypeError(f"{value} came; expected {low} or more")
     return value
+
+
+def with_bar(items: Iterable, what: str, total: int, unit: str = "it") -> Iterable:
+    """The same items, with a progress bar on stderr where a person watches."""
+    if not total or not sys.stderr.isatty():
+        return items
+    from huggingface_hub.utils import tqdm  # half a second that nobody else needs to wait
+
+    return tqdm(items, what, total, leave=False, unit=unit)
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -36,7 +36,7 @@ from PIL import Image
 
 from chat import TEMPLATES, Turn
 from clip import open_image
-from commandline import Parser, run
+from commandline import Parser, run, with_bar
 from data.index import JSONFile
 from data.readers import READERS, Plan, field, inside, kind_of
 from hub import find
@@ -269,7 +269,7 @@ def check(path: Path, images: Path, processes: int | None = None) -> int:
     tasks = [(file, images, range(first, min(first + 1000, len(file)))) for first in range(0, len(file), 1000)]
     ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
     with multiprocessing.Pool(processes, signal.signal, ignore) as pool:
-        for some, wrong in _with_bar(pool.imap(check_range, tasks), len(tasks)):
+        for some, wrong in with_bar(pool.imap(check_range, tasks), "records", len(tasks), unit="k"):
             good += some
             bad += len(wrong)
             for where, name, reason in wrong:
@@ -278,14 +278,6 @@ def check(path: Path, images: Path, processes: int | None = None) -> int:
         print(f"{kind:15} {good[kind]:>9,} good")
     print(f"{'all':15} {good.total():>9,} good, {bad:,} bad")
     return bad
-
-
-def _with_bar(items, total: int):
-    if not sys.stderr.isatty():
-        return items
-    from huggingface_hub.utils import tqdm
-
-    return tqdm(items, "records", total, unit="k")
 
 
 def main(argv: list[str]) -> None:

@@ -20,7 +20,6 @@ import math
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ import torch
 import checkpoint
 from chat import TEMPLATES, encode_chat, stop_ids
 from clip import preprocess
-from commandline import Parser, check_device
+from commandline import Parser, check_device, with_bar
 from data.index import JSONFile
 from data.readers import Plan
 from data.records import MALFORMED, BadRecord, Sample, bad_record, to_sample
@@ -184,7 +183,7 @@ def ask(benchmark: Benchmark, args, numbers: Sequence[int] | None = None) -> lis
     if path.is_file():  # what was bad is asked again, and half a line is dropped
         write_lines(path, list(done.values()))
     batches = [missing[i : i + args.batch] for i in range(0, len(missing), args.batch)]
-    for lines in with_bar(respond(benchmark, args, batches), len(batches), args.batch, benchmark.name):
+    for lines in with_bar(respond(benchmark, args, batches), benchmark.name, len(batches), unit=f"x{args.batch}"):
         done.update({line["metadata"]["record"]: line for line in lines})
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(map(dumps, lines))
@@ -248,14 +247,6 @@ def _work(numbers: Sequence[int]) -> list[dict]:
     if "respondent" not in _mine:  # not in _start, whose errors nobody would hear
         _mine["respondent"] = Respondent(*_mine["begins"])
     return _mine["respondent"](numbers)
-
-
-def with_bar(groups: Iterator[list], total: int, batch: int, name: str) -> Iterator[list]:
-    if not total or not sys.stderr.isatty():
-        return groups
-    from huggingface_hub.utils import tqdm
-
-    return tqdm(groups, name, total, unit=f"x{batch}")
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

@@ -24,11 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
-from commandline import run
+from commandline import run, with_bar
 from data.index import JSONFile
 from data.readers import Plan, field
 from data.records import Sample
-from evals.benchmark import Benchmark, ask, flags, prepare, read_json, replace_file, report, row, with_bar
+from evals.benchmark import Benchmark, ask, flags, prepare, read_json, replace_file, report, row
 from evals.judge import Cache, Judge, NoGrade, check_address
 from evals.scorers import matches
 
@@ -123,7 +123,7 @@ def judged(judge: Judge, questions: dict, truths: dict, answers: dict, runs: int
 
     with ThreadPoolExecutor(threads) as pool:
         try:
-            found = list(with_bar(pool.map(one, tasks), len(tasks), 1, "judge"))
+            found = list(with_bar(pool.map(one, tasks), "judge", len(tasks)))
         finally:
             over.set()
     none = [(name, grade) for (name, _), grade in zip(tasks, found) if isinstance(grade, NoGrade)]

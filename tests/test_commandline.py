@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import commandline
-from commandline import Parser, check_device, run
+from commandline import Parser, check_device, run, with_bar
 from parallel import find_place
 
 ROOT = Path(commandline.__file__).parent
@@ -106,3 +106,10 @@ def test_processes_take_gpus_of_their_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="no device 'cuda:1' here"):
         find_place(None)
+
+
+def test_a_bar_is_for_people(monkeypatch, capsys):
+    """Guards against a bar in a log file, and one that loses an item."""
+    assert list(with_bar(iter("abc"), "letters", 3)) == list("abc") and capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(with_bar(iter("abc"), "letters", 3)) == list("abc") and "letters" in capsys.readouterr().err
