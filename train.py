@@ -262,16 +262,20 @@ def held_out_records(model: ViPLLaVA, tokenizer: Tokenizer, records: Records, ch
 
 def tiny_model(recipe: Recipe, config: ViPLLaVAConfig | None = None) -> tuple[ViPLLaVA, Tokenizer]:
     """A random ViP-LLaVA, of TINY's sizes unless told (2.5 M parameters), and a tokenizer for the words of the scenes."""
-    config = config or TINY
-    texts = []
-    for index in range(10_000):
-        sample = text_sample(scenes.generator_for("train", recipe.seed, index), (recipe.side,) * 2)
-        texts += [t for turn in sample.turns for t in (turn.question, turn.answer)]
-    texts += [HUMAN + " USER: ", " ASSISTANT:"] * 1000
-    tokenizer = Tokenizer.train(texts, 1024)
+    config, tokenizer = config or TINY, tokenizer_of_scenes(recipe.seed, recipe.side)
     torch.manual_seed(recipe.seed)
     text = dataclasses.replace(config.text, vocab_size=tokenizer.vocab_size + 2)  # and <image>, <pad>
     return ViPLLaVA(dataclasses.replace(config, text=text, image_token_id=tokenizer.vocab_size)), tokenizer
+
+
+@functools.cache  # to make up so many texts takes seconds
+def tokenizer_of_scenes(seed: int, side: int) -> Tokenizer:
+    texts = []
+    for index in range(10_000):
+        sample = text_sample(scenes.generator_for("train", seed, index), (side, side))
+        texts += [t for turn in sample.turns for t in (turn.question, turn.answer)]
+    texts += [HUMAN + " USER: ", " ASSISTANT:"] * 1000
+    return Tokenizer.train(texts, 1024)
 
 
 def take_tower(model: ViPLLaVA, clip: str) -> None:
