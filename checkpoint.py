@@ -29,8 +29,8 @@ import torch
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
-import lora
 import halves
+import lora
 import quant
 from chat import stop_ids
 from clip import CLIP

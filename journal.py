@@ -25,7 +25,7 @@ class Journal:
 
     def __init__(self, out: Path, speaks: bool, first: int, habits: Habits, place: Place, flops: float):
         self.out, self.speaks, self.habits, self.place, self.flops = out, speaks, habits, place, flops
-        self.began, self.samples, self.tokens, self.skipped = time.perf_counter(), 0, 0, 0
+        self.began, self.samples, self.tokens, self.skipped, self.told = time.perf_counter(), 0, 0, 0, first
         if speaks and (out / "log.jsonl").is_file():  # steps after the state that is taken up will be told again
             lines = (out / "log.jsonl").read_bytes().split(b"\n")[:-1]  # the last may be half a one
             try:
@@ -52,12 +52,17 @@ class Journal:
                 file.writelines(f"{one}\n" for one in new)
             self.listed |= new.keys()
 
-    def step(self, done: int, recipe: Recipe, micros: list[Micro], loss: float, norm: float, last=False) -> None:
-        """last: the run stops here, so that a line is due."""
+    def step(self, done: int, recipe: Recipe, micros: list[Micro], loss: float, norm: float) -> None:
         self.samples += sum(len(micro.names) for micro in micros)
         self.tokens += sum(micro.ids.numel() for micro in micros)
-        if done % self.habits.log_every and done != recipe.steps and not last:
+        if done % self.habits.log_every == 0 or done == recipe.steps:
+            self.tell(done, recipe, loss, norm)
+
+    def tell(self, done: int, recipe: Recipe, loss: float, norm: float) -> None:
+        """The line of a step, once: where one is due, and where the run stops."""
+        if done == self.told:
             return
+        self.told = done
         samples, tokens, skipped = (self.place.sum(x) for x in (self.samples, self.tokens, self.skipped))
         seconds = time.perf_counter() - self.began
         said = {"step": done, "loss": loss, "lr": recipe.lr * schedule(done - 1, recipe), "norm": norm,

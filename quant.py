@@ -266,8 +266,8 @@ def compress(tensors: Iterable[tuple[str, torch.Tensor]], scheme: str) -> Iterat
 
 
 def swap(model: nn.Module, scheme: str) -> nn.Module:
-    """Layers of the scheme, without values yet, in the place of the decoder's. ValueError: there is no such scheme, or
-    they are some already."""
+    """Layers of the scheme, without values yet, in the place of the decoder's. ValueError: there is no such scheme,
+    they are some already, or have an adapter."""
     if adapters := [name for name, _ in model.named_parameters() if ".lora_" in name]:
         raise ValueError(f"the model has an adapter, {adapters[0]}; expected lora.merge before")
     if scheme not in SCHEMES or model.config.quantized:

@@ -171,11 +171,13 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
         learned += sum(len(micro.names) for micro in micros)
         loss, norm = update(objective, optimizers, trained, micros, recipe, step, place)
         done = step + 1
-        stop = place.most(bool(stopping))  # on any of the processes: all stop after the same step
-        journal.step(done, recipe, micros, loss, norm, stop)
+        journal.step(done, recipe, micros, loss, norm)
         if measure and (done % habits.eval_every == 0 or done == recipe.steps):
             with lowered(place.device, low):
                 journal.measure(done, lambda: measure(model.eval()))
+        stop = place.most(bool(stopping))  # on any of the processes: all stop after the same step
+        if stop:
+            journal.tell(done, recipe, loss, norm)  # a run is known by its log
         if (done % habits.save_every == 0 or done == recipe.steps or stop) and (first or place.most(learned)):
             states.save(out, model, optimizers, done, about, habits.keep)  # as long as all were bad there is nothing to keep
         if stop:
