@@ -39,7 +39,7 @@ from files import Part, weight_files, write_tensors
 from hub import find
 from layouts import (CLIP_REST, FIVE, METHOD, OFFICIAL, clip_config_json, clip_configs, clip_name, config_json,
                      hub_name, image_processor, join_configs, rename, rows_written, section, text_config,
-                     vision_config)  # fmt: skip
+                     vision_config)
 from tokenizer import CLIPTokenizer, Tokenizer, read_json, write_json
 from vipllava import Projector, ViPLLaVA, ViPLLaVAConfig
 
@@ -73,7 +73,7 @@ def sources(path_or_name) -> list[Path]:
 
 
 def stored_dtype(path_or_name) -> torch.dtype:
-    """Of the weights in the files of a model that is not quantised, or of an adapter's base. See `find` for what it raises."""
+    """The dtype of the weights in a model's files, which are not quantised; of an adapter's base. See `find` for what it raises."""
     return Part(weight_files(sources(path_or_name)[-1])).dtype
 
 
@@ -134,10 +134,15 @@ def load_parts(llm, clip=DEFAULT_CLIP, projector=None, device=None, dtype: torch
 def _tower(clip) -> tuple[Part, dict]:
     """The image tower of a CLIP checkpoint, and its config."""
     folder = find(clip)
+    config = _clip_config(folder)
+    return Part(weight_files(folder), drop=CLIP_REST), section(config, "vision_config", {})
+
+
+def _clip_config(folder: Path) -> dict:
     config = read_json(folder / "config.json")
     if config.get("model_type") != "clip":
-        raise ValueError(f"{folder}/config.json says model_type {config.get('model_type')!r}; expected 'clip'")
-    return Part(weight_files(folder), drop=CLIP_REST), section(config, "vision_config", {})
+        raise ValueError(f"{folder / 'config.json'} says model_type {config.get('model_type')!r}; expected clip")
+    return config
 
 
 def _assemble(
@@ -148,7 +153,7 @@ def _assemble(
     text = text_config(text, rows=shapes.get("llama.embed_tokens.weight", (0,))[0])
     if tokenizer.vocab_size > text.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces, the model {text.vocab_size} rows for them; "
-                         "expected the model's own")  # fmt: skip
+                         "expected the model's own")
     vision = vision_config(vision)
     inputs = shapes.get("projector.layernorm.weight", (len(FIVE) * vision.width,))[0]
     config = join_configs(config, text, vision, inputs, tokenizer)
@@ -164,8 +169,8 @@ def _assemble(
 
 
 class Unfilled(TorchFunctionMode):
-    """Layers made within don't draw their first values, for which the meta device would import torch's compiler: with
-    that a small model takes twice as long to answer."""
+    """Layers made within are not initialised. On the meta device that would change nothing, but import torch's compiler,
+    and a small model would take twice as long to answer."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -352,10 +357,7 @@ def _write_configs(model: ViPLLaVA, tokenizer: Tokenizer, folder: Path, dtype: t
 def load_clip(path_or_name: str | Path, device=None, dtype: torch.dtype | None = None) -> tuple[CLIP, CLIPTokenizer]:
     """A whole official CLIP and `tokenize`, texts -> ids (M, T), ended and padded to the longest by end-of-text."""
     folder = find(path_or_name)
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != "clip":
-        raise ValueError(f"{folder / 'config.json'} says model_type {config.get('model_type')!r}; expected clip")
-    vision, text, projection = clip_configs(config)
+    vision, text, projection = clip_configs(_clip_config(folder))
     with torch.device("meta"), Unfilled():
         model = CLIP(vision, text, projection)
     return fill(model, [Part(weight_files(folder))], device, dtype), CLIPTokenizer.load(folder, text.context)

@@ -8,7 +8,7 @@ but have forgotten *where the red line ran*; ViP-LLaVA therefore reads several d
     x      (B, 1 + N, C)       class token and N = (S / patch)^2 patch embeddings, plus positions
     hidden_states[0]           after pre_layernorm
     hidden_states[i]           after block i, for i = 1 … L
-    features (B, N, 5 · C)     CLIPVision(pixels, (-2, -5, -8, -11, 6)), the class token dropped
+    features (B, N, 5 · C)     CLIPVision(config)(pixels, (-2, -5, -8, -11, 6)), the class token dropped
 
 Pitfalls
   * A layer's number is an index into the L + 1 hidden states, so with L = 24 the released (-2, -5, -8, -11, 6) are the
@@ -83,7 +83,7 @@ def read_mask(path: str) -> np.ndarray:
 _TURNS = dict(enumerate((
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
-), start=2))  # fmt: skip
+), start=2))
 
 
 def _turned(image: Image.Image) -> Image.Image:
@@ -124,6 +124,8 @@ def preprocess(image: Image.Image, size: int, mode: str = "pad") -> torch.Tensor
     """
     if image.mode != "RGB":
         raise ValueError(f"preprocess got a {image.mode} image; expected RGB, as upright() returns")
+    if mode not in ("pad", "squeeze", "crop"):
+        raise ValueError(f'unknown mode {mode!r}; expected "pad", "squeeze" or "crop"')
     if size < 1:
         raise ValueError(f"preprocess got the size {size}; expected 1 pixel or more")
     w, h = image.size
@@ -143,10 +145,7 @@ def preprocess(image: Image.Image, size: int, mode: str = "pad") -> torch.Tensor
         image = image.resize((size * w // short, size * h // short), Image.Resampling.BICUBIC)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))
-    elif mode not in ("pad", "squeeze"):
-        raise ValueError(f'unknown mode {mode!r}; expected "pad", "squeeze" or "crop"')
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float()  # (3, S, S)
     mean, std = (torch.tensor(of, dtype=torch.float32)[:, None, None] for of in (MEAN, STD))
     return pixels.div_(255).sub_(mean).div_(std)

@@ -32,8 +32,8 @@ from torch.utils.data import Dataset
 from clip import CLIP, TextConfig, VisionConfig, preprocess
 from data.batches import Example, Micro
 from data.scenes import (DIGITS, LETTERS, OBJECT_COLORS, SHAPES, UNLIKE, Object, Scene, caption, cell, generator_for,
-                         marked_scene, render, sample_scene, tell)  # fmt: skip
-from overlay import COLORS, KINDS, Marker, Region, draw, phrase, sample_marker
+                         marked_scene, render, sample_scene, tell)
+from overlay import COLORS, KINDS, Marker, draw, phrase, sample_marker
 from parallel import lowered
 from tokenizer import CLIPTokenizer
 from vipllava import IGNORE
@@ -74,6 +74,8 @@ class Captioned:
 
 
 def captioned(generator: np.random.Generator, size: tuple[int, int]) -> Captioned:
+    """A scene, marked or not, and what is said of it. Rivals: every thing with another's marker, or none; marked things
+    with a marker of a wrong kind or hue; lettered ones with another letter or digit."""
     if generator.random() < P_MARKED:
         scene, things, markers = marked_scene(generator, size, rich=True)
         told = [Told(things[0], markers[0])]
@@ -134,13 +136,12 @@ def _another(generator: np.random.Generator, choices, than):
 def _mistaken(generator: np.random.Generator, scene: Scene, told: Told, about: str | None = None) -> Marker:
     """Its marker, but of another kind, or of a hue that nobody takes for its own: many colors have no name."""
     about = about or ("kind", "hue")[generator.integers(2)]
-    region = Region(box=told.thing.box, polygons=(told.thing.polygon,))
     kind = _another(generator, KINDS, told.marker.kind) if about == "kind" else told.marker.kind
     color = told.marker.color
     if about == "hue":
         unlike = [name for name, rgb in COLORS.items() if math.dist(rgb, color) >= UNLIKE]
         color = unlike[generator.integers(len(unlike))]
-    return sample_marker(region, scene.size, generator, kind, color)
+    return sample_marker(told.thing.region, scene.size, generator, kind, color)
 
 
 def _moved(scene: Scene, thing: Object, place: tuple[int, int]) -> Object:
@@ -171,7 +172,7 @@ class Pairs(Dataset):
 
     def __getitem__(self, j: int) -> Example:
         """ids: of the captions, the true one first, then of the phrases and their rivals. labels (1 + N,): which phrase is
-        a patch's."""
+        a patch's, after an IGNORE, as parallel.gradients counts labels from the second on."""
         pair = self._ready.pop(j, None) or self.pair(j)
         ids = [self.tokenize.encode(text) for text in (pair.true, *pair.false, *pair.phrases, *pair.rivals)]
         grid = self.config.image_size // self.config.patch_size
@@ -179,7 +180,7 @@ class Pairs(Dataset):
         for k, thing in enumerate(pair.scene.objects):
             (x0, y0, x1, y1), (width, height) = thing.box, pair.scene.size
             rows, columns = (slice(round(grid * low / side), max(round(grid * high / side), round(grid * low / side) + 1))
-                             for low, high, side in ((y0, y1, height), (x0, x1, width)))  # fmt: skip
+                             for low, high, side in ((y0, y1, height), (x0, x1, width)))
             labels[rows, columns] = k
         return Example(f"scene {j}", ids, [IGNORE, *labels.flatten().tolist()], preprocess(pair.image(), self.config.image_size))
 
@@ -191,7 +192,7 @@ class Pairs(Dataset):
         firsts = np.cumsum([0] + [len(e.ids) - 1 - FALSE for e in examples])
         labels = torch.tensor([[k if k == IGNORE else first + k for k in e.labels] for e, first in zip(examples, firsts)])
         return Micro([e.name for e in examples], self.tokenize.pad(captions + phrases), labels,
-                     torch.stack([e.pixels for e in examples]))  # fmt: skip
+                     torch.stack([e.pixels for e in examples]))
 
 
 def fits(model: CLIP, ids: torch.Tensor, labels: torch.Tensor, pixels: torch.Tensor):
@@ -200,7 +201,7 @@ def fits(model: CLIP, ids: torch.Tensor, labels: torch.Tensor, pixels: torch.Ten
     B = len(pixels)
     last, read = model.vision_model.hidden_states(pixels, (-1, PATCHES))  # (B, 1 + N, C) each
     images, patches = (F.normalize(model.visual_projection(model.vision_model.post_layernorm(states)), dim=-1)
-                       for states in (last[:, 0], read[labels != IGNORE]))  # fmt: skip
+                       for states in (last[:, 0], read[labels != IGNORE]))
     texts, phrases = ids[: B * (1 + FALSE)], ids[B * (1 + FALSE) :]
     phrases = phrases[:, : int((phrases != phrases[:, -1:]).sum(dim=1).max()) + 1]  # they are shorter; end is the padding
     texts, phrases = (model.logit_scale.exp() * model.encode_text(x) for x in (texts, phrases))
@@ -210,7 +211,8 @@ def fits(model: CLIP, ids: torch.Tensor, labels: torch.Tensor, pixels: torch.Ten
 
 
 class Contrast(nn.Module):
-    """The summed loss of a batch's labelled patches, as a module: in place of parallel.Objective."""
+    """The loss of a batch, as a module in place of parallel.Objective: three means, added, times the number of labelled
+    patches, as parallel.gradients divides by the number of labels."""
 
     def __init__(self, model: CLIP, low: torch.dtype):
         super().__init__()

@@ -124,7 +124,7 @@ class Part:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first tensor that is not quantised."""
+        """That of the first tensor that is not quantised."""
         return next(x.dtype for name, x in self.tensors.items() if not self.quantized(name))
 
     def read(self, device: torch.device, dtype: torch.dtype, passing=False) -> Iterator[tuple[str, torch.Tensor]]:

@@ -31,8 +31,9 @@ from llama import KVCache, Llama, sample
 from vipllava import ViPLLaVA, ViPLLaVAConfig, expand, pad
 
 AHEAD = 2  # steps that a GPU is given before the token of the first is read
-BUCKET = 64  # a lone prompt may be filled up to a multiple of so many tokens, see replayed_prefill,
-ROOM = 256  # and its cache has a multiple of so many slots, and doubles once outgrown: few shapes to compile
+# Few shapes, as each one is compiled anew:
+BUCKET = 64  # replayed_prefill fills a lone prompt up to a multiple of so many tokens
+ROOM = 256  # its cache has a multiple of so many slots, and at least doubles once outgrown
 
 
 class Memory:
@@ -63,7 +64,8 @@ class Memory:
         return self.patches
 
     def recall(self, config: ViPLLaVAConfig, row: list[int], slots: int, like: torch.Tensor) -> int:
-        """How many of the row's tokens are in the cache, which has `slots` and BUCKET more, ready for the token after them."""
+        """Make the cache ready for a prompt: room for `slots` tokens and BUCKET more, wound back to the beginning that it
+        shares with `row`. Returns that beginning's length. `ids` is empty until `generate` ends."""
         slots += BUCKET
         known = common([self.ids, row[:-1]])  # the last one's logits are wanted in any case
         if self.cache is None or self.cache.slots.numel() < slots:
@@ -73,7 +75,7 @@ class Memory:
             new = self.cache.continued(known, start, slots) if known else KVCache(config.text, start, slots, kept_in(like))
             self.cache = new
         self.cache.length.fill_(known)
-        self.ids = []  # until the answer is over
+        self.ids = []
         return known
 
 
@@ -110,7 +112,7 @@ def generate(
     embeds, cache = _begin(model, rows, patches, shared, max_new_tokens, memory)
     mine = memory.ids
     fresh = {embeds.size(1)} == set(map(len, rows))  # nothing is known, and no row is padded
-    choose = lambda logits: sample(logits[:, : config.image_token_id], temperature, top_k, top_p, generator)  # noqa: E731
+    choose = lambda logits: sample(logits[:, : config.image_token_id], temperature, top_k, top_p, generator)
     said, alive = [], [True] * len(rows)
     try:
         logits = model.llama.prefill(embeds, cache, fresh)
@@ -246,9 +248,14 @@ def replayed_prefill(llama: Llama) -> Callable:
 
 
 def replayed_decode(llama: Llama) -> Callable:
-    """llama.decode by the compiler's own kernels: for one token they outrun ready-made products and attention, once they
-    are tuned, and once what a product reads is computed before it, not by each of its rows anew. Also llama.places, of
-    dozens of small kernels, is compiled for a step, and each block's lone products become QuarteredLinear."""
+    """llama.decode by the compiler's own kernels, which outrun ready-made ones for one token.
+
+    coordinate_descent_tuning   tunes them
+    realize_reads_threshold     1: what a product reads is written once, where each of its rows would compute it anew
+    SDPBackend.MATH             attention is made of plain operators, and so compiled, too
+    Llama.places                dozens of small kernels otherwise, is compiled for a step
+    QuarteredLinear             takes the place of each block's lone products
+    """
     from torch._inductor import config  # not before it is needed: it takes long
 
     plain, places, compiled = llama.decode, llama.places, torch.compile(llama.places)

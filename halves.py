@@ -40,7 +40,7 @@ elif is_intel() and not torch.cpu._is_amx_tile_supported():
 
 
 def product_type(x: torch.Tensor) -> torch.dtype:
-    """In which a product of the rows of x is fastest."""
+    """The dtype in which a product of the rows of x is fastest."""
     rows = x.numel() // x.size(-1)
     return torch.float32 if x.device.type == "cpu" and rows >= WIDE.get(x.dtype, math.inf) else x.dtype
 
@@ -127,5 +127,5 @@ def converting_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 
 
 def joined(blocks: list[torch.Tensor]) -> torch.Tensor:
-    """Of outputs, (…, some) each -> (…, out)."""
+    """Blocks of outputs, (…, some) each -> all of them, (…, out)."""
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)

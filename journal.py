@@ -23,10 +23,11 @@ from recipe import Habits, Recipe, schedule
 class Journal:
     """A line now and then, the same as JSON in log.jsonl, and each process's bad records in bad-0.txt, bad-1.txt, …"""
 
-    def __init__(self, out: Path, speaks: bool, first: int, habits: Habits, place: Place, flops: float):
-        self.out, self.speaks, self.habits, self.place, self.flops = out, speaks, habits, place, flops
+    def __init__(self, out: Path, first: int, habits: Habits, place: Place, flops: float):
+        self.out, self.habits, self.place, self.flops = out, habits, place, flops
+        self.speaks = place.rank == 0  # of several processes one
         self.began, self.samples, self.tokens, self.skipped, self.told = time.perf_counter(), 0, 0, 0, first
-        if speaks and (out / "log.jsonl").is_file():  # steps after the state that is taken up will be told again
+        if self.speaks and (out / "log.jsonl").is_file():  # steps after the state that is taken up will be told again
             lines = (out / "log.jsonl").read_bytes().split(b"\n")[:-1]  # the last may be half a one
             try:
                 kept = [line.decode() for line in lines if json.loads(line)["step"] <= first]
@@ -66,7 +67,7 @@ class Journal:
         samples, tokens, skipped = (self.place.sum(x) for x in (self.samples, self.tokens, self.skipped))
         seconds = time.perf_counter() - self.began
         said = {"step": done, "loss": loss, "lr": recipe.lr * schedule(done - 1, recipe), "norm": norm,
-                "samples/s": samples / seconds, "tokens/s": tokens / seconds}  # fmt: skip
+                "samples/s": samples / seconds, "tokens/s": tokens / seconds}
         if self.habits.peak_tflops:
             said["MFU"] = self.flops * tokens / seconds / (1e12 * self.habits.peak_tflops * self.place.world)
         if skipped:

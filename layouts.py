@@ -121,17 +121,17 @@ TEXT = dict(
     vocab_size=("vocab_size", None), width=("hidden_size", 4096), layers=("num_hidden_layers", 32),
     heads=("num_attention_heads", 32), kv_heads=("num_key_value_heads", None), mlp=("intermediate_size", 11008),
     context=("max_position_embeddings", 2048), eps=("rms_norm_eps", 1e-6),
-)  # fmt: skip
+)
 VISION = dict(
     image_size=("image_size", 224), patch_size=("patch_size", 32), width=("hidden_size", 768),
     mlp=("intermediate_size", 3072), layers=("num_hidden_layers", 12), heads=("num_attention_heads", 12),
     eps=("layer_norm_eps", 1e-5),
-)  # fmt: skip
+)
 CLIP_TEXT = dict(
     vocab_size=("vocab_size", 49408), context=("max_position_embeddings", 77), width=("hidden_size", 512),
     mlp=("intermediate_size", 2048), layers=("num_hidden_layers", 12), heads=("num_attention_heads", 8),
     eps=("layer_norm_eps", 1e-5),
-)  # fmt: skip
+)
 WHOLE = {  # of the whole model: the only value that is known here
     "projector_hidden_act": "gelu",
     "vision_feature_select_strategy": "default",  # the class token goes; the official layout's next

@@ -63,7 +63,7 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, start: torch.Tensor, slots: int, dtype: torch.dtype, shared: int = 0):
         shape = (start.size(0), config.kv_heads, slots, config.head_width)  # (B, K, S, D)
-        empty = lambda: torch.zeros(shape, device=start.device, dtype=dtype)  # noqa: E731
+        empty = lambda: torch.zeros(shape, device=start.device, dtype=dtype)
         self.config, self.shared, self.start, self.dtype = config, shared, start, dtype
         self.layers = [(empty(), empty()) for _ in range(config.layers)]
         self.length = torch.zeros((), device=start.device, dtype=torch.long)
@@ -133,7 +133,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.heads * D, C, bias=False)
 
     def forward(self, x, cos, sin, mask=None, kept=None, slots=None) -> torch.Tensor:
-        """kept: the layer's keys and values in a cache, (B, K, S, D) each; those of x go into its `slots` (T,)."""
+        """x (B, T, C) -> (B, T, C). cos, sin (B, 1, T, D): see rope_table. mask (B, 1, T, S): true where a token may look;
+        None: at x alone, causally. kept: the layer's keys and values in a cache, (B, K, S, D) each; those of x go into its
+        `slots` (T,)."""
         B, T, C = x.size()
         projected = side_by_side(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (y.view(B, T, -1, self.head_width).transpose(1, 2) for y in projected)  # (B, H or K, T, D)
@@ -141,7 +143,8 @@ class Attention(nn.Module):
         if kept is not None:
             for old, new in zip(kept, (k, v)):
                 old.index_copy_(2, slots, new.to(old.dtype))  # under autocast the new one's is another
-            k, v = (k, v) if mask is None else kept  # (B, K, S, D)
+            if mask is not None:
+                k, v = kept
         grouped = k.size(1) != q.size(1)  # each key head serves H / K query heads
         q = q.to(k.dtype)  # a cache may have more bits
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
@@ -169,6 +172,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor, *context) -> torch.Tensor:
+        """context: what Attention.forward takes after x."""
         x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -70,8 +70,8 @@ def add(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TARG
     """
     if not isinstance(rank, int) or rank < 1 or not 0 < alpha < math.inf:
         raise ValueError(f"rank {rank} and alpha {alpha}; expected a rank of 1 or more and an alpha above 0")
-    if wrong := [name for name in targets if name not in (*TARGETS, HEAD)] or [""] * (not targets):
-        raise ValueError(f"target {wrong[0]!r}; expected one or more of {', '.join((*TARGETS, HEAD))}")
+    if not targets or not {*targets} <= {*TARGETS, HEAD}:
+        raise ValueError(f"targets {', '.join(targets)!r}; expected one or more of {', '.join((*TARGETS, HEAD))}")
     if model.config.quantized or adapters(model):
         what = f"is {model.config.quantized}" if model.config.quantized else "has adapters"
         raise ValueError(f"the model {what} already; expected one of 16 or 32 bits a weight, all of whose adapters are merged")
@@ -86,8 +86,8 @@ def add(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TARG
 
 
 def digest(model: nn.Module) -> str:
-    """Of the decoder, by the signs of some weights: the same in every precision, and another training flips some. Empty of a
-    model on the meta device, whose weights have no values."""
+    """A fingerprint of the decoder, the signs of some weights: the same in every precision, while another training flips
+    some. "" for a model on the meta device, whose weights have no values."""
     signs = torch.cat([weight.detach().flatten()[:1024].signbit() for weight in model.llama.parameters()])
     return "" if signs.is_meta else hashlib.sha256(np.packbits(signs.cpu().numpy()).tobytes()).hexdigest()[:12]
 
@@ -120,13 +120,17 @@ def save(model: nn.Module, folder: str | Path, base: str, state: dict | None = N
     first = next(iter(parts.values()))
     rank, targets = first.lora_A.size(0), sorted({name.rpartition(".")[2] for name in parts})
     what = {"base": base, "digest": model.adapted, "rank": rank, "alpha": first.scale * rank, "targets": targets,
-            "template": model.config.template}  # fmt: skip
-    state = {name: x for name, x in (state or model.state_dict()).items()
-             if ".lora_" in name or name.startswith("projector.")}  # fmt: skip
+            "template": model.config.template}
+    state = {name: x for name, x in (state or model.state_dict()).items() if _of_adapter(name)}
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / f"{FILE}.part"
     write_tensors({name: x.cpu().contiguous() for name, x in state.items()}, beside, {"about": json.dumps(what)})
     os.replace(beside, folder / FILE)
+
+
+def _of_adapter(name: str) -> bool:
+    """Is this one of the tensors that an adapter's file holds?"""
+    return ".lora_" in name or name.startswith("projector.")
 
 
 def about(folder: str | Path) -> dict | None:
@@ -154,7 +158,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     if what is None:
         raise FileNotFoundError(f"no {FILE} in {folder}")
     add(model, what["rank"], what["alpha"], what["targets"])
-    own = {name: x for name, x in model.state_dict().items() if ".lora_" in name or name.startswith("projector.")}
+    own = {name: x for name, x in model.state_dict().items() if _of_adapter(name)}
     with safe_open(path, "pt") as file:
         found = {name: file.get_tensor(name) for name in file.keys()}
     wrong = sorted(own.keys() ^ found.keys()) + [n for n in own.keys() & found.keys() if own[n].shape != found[n].shape]

@@ -20,7 +20,7 @@ Eight kinds. Numbers are pixels of an image whose longer side is 336; they scale
 | scribble     | Bezier, 4 inside  | cubic; line 2-12                            | quadratic, 3 points           |
 | mask         | none: Marker.mask | filled; alpha 48-128 of 255                 | alpha as for the others       |
 | mask contour | none: Marker.mask | outline, grown by 1-2                       |                               |
-| arrow        | tail, (bend,) tip | tip within 25 % of the centre; line 1-6     | tip within 50 % of the centre |
+| arrow        | tail, (bend,) tip | tip within side / 4 of the centre; line 1-6 | within side / 2               |
 Alpha: code 96-255 of 255, paper 0.5-1. `Distribution` has a name for every range.
 
 Where we leave the released code: centres, corners, control points and tips always lie inside mask and image (there,
@@ -481,8 +481,8 @@ def _sample_arrow(region, size, generator, d, s):
     return {"points": ends, "head": head, "filled": generator.random() < d.arrow_filled}
 
 
-SAMPLERS = dict(zip(KINDS, (_sample_rectangle, _sample_ellipse, _sample_triangle, _sample_point, _sample_scribble,
-                            _sample_mask, _sample_mask, _sample_arrow)))
+SAMPLERS = {"rectangle": _sample_rectangle, "ellipse": _sample_ellipse, "triangle": _sample_triangle, "point": _sample_point,
+            "scribble": _sample_scribble, "mask": _sample_mask, "mask contour": _sample_mask, "arrow": _sample_arrow}
 
 
 def sample_marker(region: Region, size: tuple[int, int], generator: np.random.Generator, kind: str | None = None,
@@ -503,7 +503,7 @@ def sample_marker(region: Region, size: tuple[int, int], generator: np.random.Ge
     color = tuple(_whole(generator, *d.rgb) for _ in range(3)) if color is None else color
     low, high = d.mask_alpha if kind == "mask" else d.alpha
     alpha = _whole(generator, round(255 * low), round(255 * high)) / 255
-    low, high = getattr(d, f"{kind.split()[-1]}_width", (1, 1))      # a mask and a point have no line
+    low, high = getattr(d, f"{kind.split()[-1]}_width", (1, 1))      # "mask contour": contour_width; a mask and a point have no line
     width = max(_whole(generator, low * s, high * s), 1)
     marker = Marker(kind, color=color, alpha=alpha, width=width, **SAMPLERS[kind](region, size, generator, d, s))
     if marker.mask and visible != region.bounds:      # the mask, or its outline, may lie beyond the border
@@ -617,9 +617,10 @@ def _on_image(m, size):
 
 
 def draw(image: Image.Image, markers: Iterable[Marker]) -> Image.Image:
-    """A new RGB image with the markers blended onto it in order; all other pixels keep their values. ValueError for a
-    marker of which nothing lies on the image, for a bitmap that is not of the image's size, and for an image of which
-    RGB would show something else: one of more than 8 bits, or transparent."""
+    """A new RGB image with the markers blended onto it in order. Under a marker a pixel becomes (1 - alpha) · pixel +
+    alpha · color; all others keep their values. ValueError for a marker of which nothing lies on the image, for a bitmap
+    that is not of the image's size, and for an image of which RGB would show something else: one of more than 8 bits, or
+    transparent."""
     if isinstance(markers, Marker):
         raise ValueError(f"draw got one marker, {phrase(markers)}; expected a list of markers")
     if image.mode[0] in "IF" or image.has_transparency_data:

@@ -47,7 +47,8 @@ class Place:
         dist.all_reduce(x)
         return x.item()
 
-    def most(self, value: int) -> int:
+    def max(self, value: int) -> int:
+        """The largest over all processes."""
         if self.world == 1:
             return value
         x = torch.tensor(value, device=self.device)
@@ -95,8 +96,8 @@ class Objective(nn.Module):
     """The summed loss of a micro-batch, as one module whose forward DDP and FSDP can wrap.
 
     Both wait for every weight's gradient from every process, and FSDP for all to gather and give back the blocks' weights
-    in one order. So where one of several has no image, or no sample left, it lets an empty one pass, through the
-    decoder, too, and that counts nothing.
+    in one order. So of several processes one whose micro-batch has no image sends an empty one through CLIP and projector,
+    and one that has no sample left sends two tokens of nothing with it through the decoder, which count 0.
     """
 
     def __init__(self, model: ViPLLaVA, low: torch.dtype, several: bool):
@@ -135,7 +136,7 @@ def gradients(objective: nn.Module, micros: list[Micro], place: Place) -> tuple[
     tokens = place.sum(sum(int((m.labels[:, 1:] != IGNORE).sum()) for m in micros))
     if not tokens:
         return math.nan, 0
-    turns, total = place.most(len(micros)), 0.0
+    turns, total = place.max(len(micros)), 0.0
     for k in range(turns):
         micro = micros[k] if k < len(micros) else Micro([], None, None, None)
         inputs = [None if x is None else x.to(place.device, non_blocking=True) for x in (micro.ids, micro.labels, micro.pixels)]

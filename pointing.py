@@ -139,7 +139,7 @@ def fill_in(question: str | None, markers: list[Marker]) -> str:
         said = phrase(markers[number - 1])
         if same := [i for i, marker in enumerate(markers, 1) if i != number and phrase(marker) == said]:
             raise ValueError(f'the question mentions marker {match[0]}, but {{{same[0]}}} would be "{said}", too; '
-                             "expected other kinds or colors, as in :color=blue")  # fmt: skip
+                             "expected other kinds or colors, as in :color=blue")
         return said
 
     return re.sub(r"\{(\s*\d*\s*)\}", words, question)

@@ -31,8 +31,9 @@ import torch.nn.functional as F
 from halves import BLOCK, converting_product, joined, product_type, reuses_memory, rows_of, scratch
 
 GROUP = 128  # inputs that share a scale, in 4 bits
-FEW = 32  # rows for which a kernel is faster than to unpack 8 bits first, on a GPU 4,
-SOME = 128  # and on a CPU 4
+# With fewer rows of x than so many, PyTorch's kernel is faster than to unpack the weights and multiply:
+FEW = 32  # int8 on a CPU, int4 on a GPU
+SOME = 128  # int4 on a CPU
 TARGET = re.compile(r"llama\.(lm_head|layers\.\d+\.(self_attn|mlp)\.\w+_proj)\.(weight|scale|low)")
 
 
@@ -62,14 +63,14 @@ class Int8Linear(nn.Module):
             elif self.weight.data_ptr() % 64:  # a file is mapped to any place
                 self.weight = self.weight.clone()
 
-    def prepare(self, x: torch.Tensor) -> "torch.Tensor | Whole":
+    def prepare(self, x: torch.Tensor) -> "torch.Tensor | Fixed16":
         """What `forward` takes instead of x, too, so that layers with the same input need not each make it anew."""
-        return whole(x) if self.packed else x
+        return fixed16(x) if self.packed else x
 
-    def forward(self, x: "torch.Tensor | Whole") -> torch.Tensor:
+    def forward(self, x: "torch.Tensor | Fixed16") -> torch.Tensor:
         if self.packed:
-            x = x if isinstance(x, Whole) else whole(x)
-            product = opaque_whole_product if torch.compiler.is_compiling() else whole_product
+            x = x if isinstance(x, Fixed16) else fixed16(x)
+            product = opaque_fixed16_product if torch.compiler.is_compiling() else fixed16_product
             return product(x.q, x.step, self.weight, self.scale).to(x.dtype).unflatten(0, x.shape)
         rows = rows_of(x)
         if x.device.type == "cpu" and len(rows) < FEW and x.size(-1) % 32 == 0:  # reads beyond the end of others
@@ -83,8 +84,8 @@ class Int8Linear(nn.Module):
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
-class Whole(NamedTuple):
-    """x (…, in) in whole numbers of 16 bits, as two of 8: 256 (high - 128) + (low - 128) steps."""
+class Fixed16(NamedTuple):
+    """x (…, in) in whole numbers of 16 bits, as two of 8 bits without a sign: 256 (high - 128) + (low - 128) steps."""
 
     q: torch.Tensor  # (2 rows, in), all the high ones first
     step: torch.Tensor  # (rows, 1)
@@ -92,15 +93,16 @@ class Whole(NamedTuple):
     shape: tuple[int, ...]  # x's, but for its last
 
 
-def whole(x: torch.Tensor) -> Whole:
+def fixed16(x: torch.Tensor) -> Fixed16:
+    """A row's largest number becomes 32512 = 127 · 256 steps. 257 · 128 is 128 in both bytes, and 0.5 rounds."""
     rows = rows_of(x).float()
     step = torch.linalg.vector_norm(rows, float("inf"), dim=1, keepdim=True).clamp_(min=1e-30) / 32512
-    bits = (rows / step).add_(257 * 128 + 0.5).to(torch.int32)  # 384 … 65408, rounded
+    bits = (rows / step).add_(257 * 128 + 0.5).to(torch.int32)  # 384 … 65408
     low, high = bits.view(torch.uint8).unflatten(1, (-1, 4)).unbind(2)[:2]
-    return Whole(torch.cat([high, low]), step, x.dtype, x.shape[:-1])
+    return Fixed16(torch.cat([high, low]), step, x.dtype, x.shape[:-1])
 
 
-def whole_product(q: torch.Tensor, step: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def fixed16_product(q: torch.Tensor, step: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """q (2 rows, in), step (rows, 1) -> (rows, out) in float32. The only sums are of whole numbers, and exact."""
     zero = torch.zeros_like(scale, dtype=torch.int32)
     y = torch.ops.onednn.qlinear_pointwise(q, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
@@ -115,8 +117,8 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> 
 
 # torch.compile does not look into an operator: in one it would find some that it knows from other models' patterns only,
 # in the other it fails over a scale that is computed.
-opaque_whole_product = torch.library.custom_op("vipllava::whole_product", whole_product, mutates_args=())
-opaque_whole_product.register_fake(lambda q, step, packed, scale: step.new_empty(len(step), len(scale)))
+opaque_fixed16_product = torch.library.custom_op("vipllava::fixed16_product", fixed16_product, mutates_args=())
+opaque_fixed16_product.register_fake(lambda q, step, packed, scale: step.new_empty(len(step), len(scale)))
 opaque_int8_product = torch.library.custom_op("vipllava::int8_product", int8_product, mutates_args=())
 opaque_int8_product.register_fake(lambda x, weight, scale: x.new_empty(len(x), len(scale), dtype=torch.bfloat16))
 
@@ -126,8 +128,8 @@ def multiplies_whole_numbers() -> bool:
     """Has this CPU instructions that add products of 8 bits in 32? With older ones sums are cut off at 16."""
     x, weight = torch.full((1, 512), 32512.0, dtype=torch.float32), torch.full((512, 512), 127, dtype=torch.int8)
     try:
-        q, step, *_ = whole(x)
-        y = whole_product(q, step, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(512, dtype=torch.float32))
+        q, step, *_ = fixed16(x)
+        y = fixed16_product(q, step, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(512, dtype=torch.float32))
     except (AttributeError, RuntimeError):  # PyTorch was built without oneDNN
         return False
     return bool((y == 512 * 127 * 32512).all())

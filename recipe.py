@@ -105,12 +105,12 @@ def schedule(step: int, recipe: Recipe) -> float:
 class Habits:
     """How often, how fast and how loud; nothing of it changes what is learned."""
 
-    log_every: int = 50
-    eval_every: int = 500
-    save_every: int = 250
-    keep: int = 2
-    workers: int = 0
-    micro: int = 0
-    skip_bad: bool = False
-    plot: bool = False
-    peak_tflops: float = 0.0
+    log_every: int = 50  # steps between two lines
+    eval_every: int = 500  # steps between two measurements
+    save_every: int = 250  # steps between two states
+    keep: int = 2  # states that stay
+    workers: int = 0  # processes that make samples, besides the one that trains
+    micro: int = 0  # samples of a forward pass at most; 0: a process's share of the batch
+    skip_bad: bool = False  # count and list bad records instead of stopping
+    plot: bool = False  # draw loss.png at the end
+    peak_tflops: float = 0.0  # of a device, to report MFU against

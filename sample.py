@@ -83,7 +83,7 @@ def fit(model, tokenizer, turns, wanted: int | None) -> tuple[list[int], int]:
     limit = wanted or room(config, length)
     if length + limit > context:
         raise ValueError(f"the prompt has {length} tokens, {patches} of them the image, with {limit} for the answer; "
-                         f"expected at most {context} in all (in a chat, /new starts over)")  # fmt: skip
+                         f"expected at most {context} in all (in a chat, /new starts over)")
     return prompt, limit
 
 
@@ -114,7 +114,7 @@ def report(model, tokenizer, name: str, result: Answer, load: float) -> dict:
     rates = {phase: count / seconds[phase] if seconds[phase] else None for phase, count in tokens.items()}
     ids = {"input_ids": result.prompt, "output_ids": result.ids}
     return {"model": name, "prompt": readable(tokenizer, result.prompt), **ids, "answer": result.text,
-            "seconds": seconds, "tokens_per_second": rates}  # fmt: skip
+            "seconds": seconds, "tokens_per_second": rates}
 
 
 def readable(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -213,7 +213,7 @@ class Chat:
         if name == "help":
             return inspect.cleandoc(self.__doc__).split("\n\n")[1].format(kinds=" /".join(FLAGS))
         raise ValueError(f"unknown command /{name}; expected a question, a marker (/{', /'.join(FLAGS)}), /undo, "
-                         "/show, /new, /image, /help or /quit")  # fmt: skip
+                         "/show, /new, /image, /help or /quit")
 
 
 # -- command line ----------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     group = parser.add_argument_group("markers", note)
     for flag, (_, form, _, options) in FLAGS.items():
         group.add_argument(f"--{flag}", dest="markers", action="append", type=lambda text, flag=flag: (flag, text),
-                           default=[], metavar="…", help=f"{form}; {', '.join(options)}")  # fmt: skip
+                           default=[], metavar="…", help=f"{form}; {', '.join(options)}")
     one("--model", default="tiny", help=f"{', '.join(hub.NAMES)}, a hub name or a folder (default: tiny)")
     one("--show", type=Path, metavar="FILE", help="save the marked image here")
     switch("--chat", help="go on asking, a line a question; /help lists the commands")
@@ -318,7 +318,7 @@ def main(argv: list[str]) -> None:
     load = time.perf_counter() - began
 
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens,
-                "generator": torch.Generator(device).manual_seed(args.seed)}  # fmt: skip
+                "generator": torch.Generator(device).manual_seed(args.seed)}
     say = functools.partial(answer, model, tokenizer, echo=not args.json, memory=memory, **sampling)
     if args.chat:
         chat = Chat(say, args.image, image, markers, masks)

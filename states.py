@@ -26,10 +26,10 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)  # what can't be read is said here
 OPTIONS = StateDictOptions(ignore_frozen_params=True)
 UNREADABLE = (dcp.CheckpointException, RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError,
-              zipfile.BadZipFile)  # fmt: skip
+              zipfile.BadZipFile)
 
 
-def _first() -> bool:
+def _is_first_process() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
@@ -42,7 +42,7 @@ def save(out: Path, model, optimizers, step: int, about: dict, keep: int) -> Non
     """Write the state after `step` steps, and remove all but the last `keep`."""
     folder = out / "states" / f"step-{step:08}"
     beside = folder.with_name(f".{folder.name}.part")
-    if _first():
+    if _is_first_process():
         for half in folder.parent.glob(".step-*.part"):  # whose save was cut
             shutil.rmtree(half, ignore_errors=True)
         beside.mkdir(parents=True)
@@ -52,10 +52,10 @@ def save(out: Path, model, optimizers, step: int, about: dict, keep: int) -> Non
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=beside)
     except (RuntimeError, dcp.CheckpointException) as error:  # PyTorch's, of a disk that is full
         reasons = [reason for reason, *_ in getattr(error, "failures", {}).values()] or [error]
-        if _first():
+        if _is_first_process():
             shutil.rmtree(beside, ignore_errors=True)
         raise OSError(f"{beside} can't be written ({str(reasons[0]).splitlines()[0]})") from None
-    if _first():
+    if _is_first_process():
         (beside / "about.json").write_text(json.dumps({"step": step, **about}, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
@@ -80,14 +80,14 @@ def load(out: Path, model, optimizers, about: dict) -> int:
             state = {"model": weights, "optimizer": moments}
             dcp.load(state, checkpoint_id=folder)
             set_state_dict(model, optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-                           options=StateDictOptions(ignore_frozen_params=True, strict=False))  # fmt: skip
+                           options=StateDictOptions(ignore_frozen_params=True, strict=False))
         except AnotherRun:
             raise
         except UNREADABLE as error:
-            if _first():
+            if _is_first_process():
                 print(f"{folder} can't be read ({type(error).__name__}); the state before it is taken", flush=True)
             continue
-        if _first():
+        if _is_first_process():
             print(f"resumed {folder}", flush=True)
         return found["step"]
     if folders:

@@ -48,8 +48,10 @@ def read_sentencepiece(path: str | Path) -> tuple[dict, dict]:
     got = {"model type": trainer.get(3, 1), "byte fallback": trainer.get(35, 0), "kinds of pieces": kinds,
            "replacements": len(normalizer.get(2, b"")), "spaces removed": normalizer.get(4, 1),
            "spaces marked": normalizer.get(5, 1)}
-    if list(got.values()) != [2, 1, [1, 2, 3, 6], 0, 0, 1]:
-        raise ValueError(f"{path}: expected a model as LLaMA's (2, 1, [1, 2, 3, 6], 0, 0, 1), got {got}")
+    wanted = {"model type": 2, "byte fallback": 1, "kinds of pieces": [1, 2, 3, 6], "replacements": 0, "spaces removed": 0,
+              "spaces marked": 1}
+    if got != wanted:
+        raise ValueError(f"{path}: expected a model as LLaMA's, {wanted}, got {got}")
     normal = {text: score for text, score, kind in pieces if kind == 1}
     merges = [(text[:cut], text[cut:]) for text in normal for cut in range(1, len(text))]
     merges = [(left, right) for left, right in merges if left in normal and right in normal]
@@ -373,6 +375,11 @@ class Tokenizer:
 
 # -- CLIP's ----------------------------------------------------------------------------------------------------------
 
+def _pairs(merges: list) -> list[tuple[str, str]]:
+    """Merges of a tokenizer.json, which are "a b" or ["a", "b"]."""
+    return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+
+
 class CLIPTokenizer:
     """CLIP's byte-pair encoding: lower case, words and signs apart, "</w>" at the end of each.
 
@@ -389,8 +396,7 @@ class CLIPTokenizer:
     def load(cls, folder: Path, context: int) -> "CLIPTokenizer":
         if (folder / "tokenizer.json").is_file():
             bpe = read_json(folder / "tokenizer.json")["model"]
-            merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in bpe["merges"]]
-            return cls(bpe["vocab"], merges, context)
+            return cls(bpe["vocab"], _pairs(bpe["merges"]), context)
         if (folder / "merges.txt").is_file():
             lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
             merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
@@ -407,8 +413,7 @@ class CLIPTokenizer:
                                                            end_of_word_suffix="</w>", show_progress=False))
         model = json.loads(bpe.to_str())["model"]
         names = [*sorted(model["vocab"], key=model["vocab"].get), "<|startoftext|>", "<|endoftext|>"]
-        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-        return cls({name: i for i, name in enumerate(names)}, merges, context)
+        return cls({name: i for i, name in enumerate(names)}, _pairs(model["merges"]), context)
 
     def save(self, folder: str | Path) -> None:
         """vocab.json and merges.txt, as transformers' CLIPTokenizer reads them."""

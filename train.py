@@ -155,16 +155,16 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
     first = states.load(out, model, optimizers, about)
     if first == recipe.steps and place.rank == 0:
         print(f"all {first} steps of this run are done", flush=True)
-    journal = Journal(out, place.rank == 0, first, habits, place, task.flops)
+    journal = Journal(out, first, habits, place, task.flops)
     steps = batches(task.data, recipe.batch, recipe.seed, first, recipe.steps, micro=habits.micro, rank=place.rank,
-                    world=place.world, workers=habits.workers, pin=place.device.type == "cuda")  # fmt: skip
+                    world=place.world, workers=habits.workers, pin=place.device.type == "cuda")
     if measure and first == 0 and task.measure_first:
         with lowered(place.device, low):
             journal.measure(0, lambda: measure(model.eval()))
     learned = 0
     for step, (micros, bad) in enumerate(steps, first):
-        if not habits.skip_bad and place.most(bool(bad)):  # in the records of any of the processes
-            if step > first and place.most(learned):
+        if not habits.skip_bad and place.max(bool(bad)):  # in the records of any of the processes
+            if step > first and place.max(learned):
                 states.save(out, model, optimizers, step, about, habits.keep)  # to go on from with --skip-bad
             raise bad[0] if bad else SystemExit(2)
         journal.bad(bad)
@@ -175,14 +175,14 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
         if measure and (done % habits.eval_every == 0 or done == recipe.steps):
             with lowered(place.device, low):
                 journal.measure(done, lambda: measure(model.eval()))
-        stop = place.most(bool(stopping))  # on any of the processes: all stop after the same step
+        stop = place.max(bool(stopping))  # on any of the processes: all stop after the same step
         if stop:
             journal.tell(done, recipe, loss, norm)  # a run is known by its log
-        if (done % habits.save_every == 0 or done == recipe.steps or stop) and (first or place.most(learned)):
+        if (done % habits.save_every == 0 or done == recipe.steps or stop) and (first or place.max(learned)):
             states.save(out, model, optimizers, done, about, habits.keep)  # as long as all were bad there is nothing to keep
         if stop:
             break
-    if first == 0 and not place.most(learned):
+    if first == 0 and not place.max(learned):
         raise ValueError(f"all records were bad, see {journal.list}; nothing has been learned")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=recipe.train == "lora")
     state = get_model_state_dict(model, options=options)  # an adapter has nothing of what is frozen
@@ -218,7 +218,8 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def flops_per_token(model: ViPLLaVA) -> float:
-    """Of the decoder, attention's products left out: 2 a weight forward, 2 backward, and 2 for its own gradient."""
+    """FLOPs of a token in the decoder, attention's products left out: 2 a weight forward, 2 backward, and 2 for the
+    gradient of a weight that is trained."""
     weights = [p for name, p in model.llama.named_parameters() if p.dim() > 1 and "embed" not in name]
     return sum(p.numel() * (6 if p.requires_grad else 4) for p in weights)
 
@@ -263,7 +264,7 @@ def held_out_records(model: ViPLLaVA, tokenizer: Tokenizer, records: Records, ch
 
 
 def tiny_model(recipe: Recipe, config: ViPLLaVAConfig | None = None) -> tuple[ViPLLaVA, Tokenizer]:
-    """A random ViP-LLaVA, of TINY's sizes unless told (2.5 M parameters), and a tokenizer for the words of the scenes."""
+    """A random ViP-LLaVA, of TINY's sizes unless told (2.6 M parameters), and a tokenizer for the words of the scenes."""
     config, tokenizer = config or TINY, tokenizer_of_scenes(recipe.seed, recipe.side)
     torch.manual_seed(recipe.seed)
     text = dataclasses.replace(config.text, vocab_size=tokenizer.vocab_size + 2)  # and <image>, <pad>
@@ -312,16 +313,16 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--skip-bad", action="store_true", help="count and list bad records instead of stopping")
     parser.add_argument("--plot", action="store_true", help="draw loss.png")
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="of a device, to report MFU against")
-    for name, default, low, text in (
-        ("micro", 0, 0, "samples of a forward pass at most; 0: a process's share of the batch"),
-        ("workers", 0, 0, "processes that draw; on few cores they slow training down"),
-        ("log-every", 50, 1, "steps between two lines"),
-        ("eval-every", 500, 1, "steps between two measurements on held-out samples"),
-        ("save-every", 250, 1, "steps between two states"),
-        ("keep", 2, 1, "states that stay"),
+    for name, low, text in (
+        ("micro", 0, "samples of a forward pass at most; 0: a process's share of the batch"),
+        ("workers", 0, "processes that draw; on few cores they slow training down"),
+        ("log_every", 1, "steps between two lines"),
+        ("eval_every", 1, "steps between two measurements on held-out samples"),
+        ("save_every", 1, "steps between two states"),
+        ("keep", 1, "states that stay"),
     ):
-        number = functools.partial(at_least, low)
-        parser.add_argument(f"--{name}", type=number, default=default, help=f"{text} ({default})")
+        number, default = functools.partial(at_least, low), getattr(Habits, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=number, default=default, help=f"{text} ({default})")
     return parser.parse_args(argv)
 
 
@@ -370,9 +371,11 @@ def main(argv: list[str]) -> None:
     args = arguments(argv)
     fields = [field.name for field in dataclasses.fields(Recipe)]
     typed = {name: getattr(args, name) for name in fields if hasattr(args, name)}
-    recipe = dataclasses.replace(read_recipe(args.recipe), **({"steps": 0} if "epochs" in typed else {}) | typed)
     if typed.get("steps") and "epochs" in typed:
-        raise ValueError(f"--steps {recipe.steps} and --epochs {recipe.epochs:g} came; expected one of them")
+        raise ValueError(f"--steps {typed['steps']} and --epochs {typed['epochs']:g} came; expected one of them")
+    if "epochs" in typed:
+        typed["steps"] = 0  # the recipe's give way
+    recipe = dataclasses.replace(read_recipe(args.recipe), **typed)
     for name in ("rank", "alpha", "targets"):
         if name in typed and recipe.train != "lora":
             raise ValueError(f"--{name} came with a recipe that trains {recipe.train!r}; expected one that trains 'lora'")
@@ -390,7 +393,7 @@ def main(argv: list[str]) -> None:
     low = getattr(torch, args.precision or ("bfloat16" if place.device.type == "cuda" else "float32"))
     base = resolved(args.model)
     make = contrast_task if recipe.train == "contrast" else answer_task
-    task, recipe = make(args, recipe, place, low, base)
+    task, recipe = make(args, recipe, place, low)
     task.origin["precision"] = str(low).removeprefix("torch.")
     if args.clip:
         base += f" with the image tower of {resolved(args.clip)}"
@@ -415,7 +418,7 @@ def resolved(name: str | None) -> str:
     return str(Path(name).resolve()) if name and name not in hub.NAMES and Path(name).is_dir() else name or ""
 
 
-def contrast_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: torch.dtype, base: str):
+def contrast_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: torch.dtype):
     """A CLIP that learns which caption is whose. Of several processes each holds its images against its own captions."""
     if args.parallel == "fsdp" or not recipe.steps:
         raise ValueError(f"--parallel {args.parallel} and {recipe.steps} steps came with contrast; expected ddp, and --steps")
@@ -436,7 +439,7 @@ def contrast_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: t
     return Task(contrast.Contrast(model, low), pairs(split="train"), publish, measure), recipe
 
 
-def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: torch.dtype, base: str):
+def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: torch.dtype):
     """A ViP-LLaVA that learns to answer."""
     if args.parallel == "fsdp" and recipe.optimizer == "muon":
         raise ValueError("--parallel fsdp came with muon, which needs whole matrices; expected ddp, or adamw")
@@ -473,7 +476,7 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
 
     def publish(state: dict) -> None:
         if recipe.train == "lora":
-            lora.save(model, args.out, base, state)
+            lora.save(model, args.out, resolved(args.model), state)
         else:
             # What came in 16 bits goes in 16, those of training where it has any; states keep 32 of what is trained.
             wanted = (low if low.itemsize == 2 else kept) if kept.itemsize == 2 else None

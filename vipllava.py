@@ -4,7 +4,7 @@ The whole method is in this file's few lines: CLIP looks at the *marked* image, 
 joined, a small projector turns each patch into something that reads like a word, and LLaMA answers.
 
     pixels   (I, 3, S, S)      the marked images of a batch, in the order in which the prompts mention them
-    features (I, N, 5 · Cv)    clip.CLIPVision(pixels, feature_layers)
+    features (I, N, 5 · Cv)    vision(pixels, feature_layers), a clip.CLIPVision
     patches  (I, N, C)         projector: LayerNorm -> Linear -> GELU -> Linear
     ids      (B, T)            prompts; chat.IMAGE, which stands for an image, repeated for each of its N patches
     embeds   (B, T, C)         splice: word embeddings, and patches where IMAGE stood

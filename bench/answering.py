@@ -14,29 +14,19 @@ import gc
 import importlib.util
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
-import llama
-from bench.training import SIZES
+from bench.training import config_of
 from chat import IMAGE
-from clip import VisionConfig
 from generate import Memory, compile_steps, generate
-from vipllava import ViPLLaVAConfig, expand
+from vipllava import expand
 
-SIZES = SIZES | {"13b": ViPLLaVAConfig(VisionConfig(), replace(llama.SIZES["13b"], vocab_size=32064))}
 NEXT = 20  # tokens of a chat's second question
 ANSWER = 16  # of its first answer
-
-
-def config_of(args: argparse.Namespace) -> ViPLLaVAConfig:
-    config = SIZES[args.size]
-    text = replace(config.text, layers=args.layers or config.text.layers)
-    return replace(config, text=text, image_token_id=text.vocab_size - 64)
 
 
 def request(args: argparse.Namespace) -> tuple[list[int], torch.Tensor]:
@@ -172,7 +162,7 @@ class Transformers:
 
         n = self.args.tokens
         out = self.model.generate(input_ids=self.ids, pixel_values=self.pixels, attention_mask=torch.ones_like(self.ids),
-                                  max_new_tokens=n, min_new_tokens=n, do_sample=False, stopping_criteria=[Clock()])  # fmt: skip
+                                  max_new_tokens=n, min_new_tokens=n, do_sample=False, stopping_criteria=[Clock()])
         return times[1] - times[0], (times[-1] - times[1]) / max(1, n - 1), out[0, self.ids.size(1) :].tolist()
 
 
@@ -188,7 +178,7 @@ class GPTFast:
         self.args, self.length = args, config.vision.patches + args.words
         sizes = theirs.ModelArgs(block_size=self.length + args.tokens, vocab_size=text.vocab_size, n_layer=text.layers,
                                  n_head=text.heads, n_local_heads=text.kv_heads, dim=text.width,
-                                 intermediate_size=text.mlp, norm_eps=text.eps)  # fmt: skip
+                                 intermediate_size=text.mlp, norm_eps=text.eps)
         torch.set_default_dtype(getattr(torch, precision))
         with torch.device(args.device), torch.no_grad():
             self.model = theirs.Transformer(sizes).eval()

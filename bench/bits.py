@@ -23,7 +23,7 @@ from llama import Block, LlamaConfig, RMSNorm, rope_table
 from quant import SCHEMES
 
 
-def lowered(module: nn.Module, precision: str) -> nn.Module:
+def in_precision(module: nn.Module, precision: str) -> nn.Module:
     """A copy, its linear layers in this precision."""
     if precision in ("float32", "bfloat16"):
         return copy.deepcopy(module).to(getattr(torch, precision))
@@ -33,7 +33,7 @@ def lowered(module: nn.Module, precision: str) -> nn.Module:
         layer.pack()
         return layer
     other = copy.copy(module)
-    other._modules = {name: lowered(child, precision) for name, child in module.named_children()}
+    other._modules = {name: in_precision(child, precision) for name, child in module.named_children()}
     return other
 
 
@@ -62,7 +62,7 @@ def errors(config: LlamaConfig, tokens: int, device: torch.device, seed: int = 0
             for precision, x in hidden.items():
                 dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
                 context = () if last else rope_table(positions, config, dtype)
-                hidden[precision] = lowered(made, precision)(x.to(dtype), *context)
+                hidden[precision] = in_precision(made, precision)(x.to(dtype), *context)
     true = hidden.pop("float32")[0]
     found = {}
     for precision, logits in hidden.items():

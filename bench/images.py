@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch
 from PIL import Image
 
 from clip import MEAN, PAD_COLOR, STD, preprocess, upright
-from commandline import Parser, run
+from commandline import Parser, at_least, run
 from overlay import KINDS, Region, draw, make_marker, sample_marker
 
 SIDE = 336
@@ -89,10 +90,8 @@ def median_ms(work: Callable[[], object], others: list[Callable[[], object]], re
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m bench.images", description=__doc__.split("\n")[0])
     parser.add_argument("--official", type=Path, help="a clone of the authors' repository")
-    parser.add_argument("--repeat", type=int, default=200, help="times that each is measured (200)")
+    parser.add_argument("--repeat", type=partial(at_least, 1), default=200, help="times that each is measured (200)")
     args = parser.parse_args(argv)
-    if args.repeat < 1:
-        raise ValueError(f"repeat is {args.repeat}; expected 1 or more")
     torch.set_num_threads(1)
     size, peers, rows = (640, 480), ["transformers"] if importlib.util.find_spec("transformers") else [], {}
     data = jpeg(size)
@@ -111,8 +110,8 @@ def main(argv: list[str]) -> None:
     region = Region(box=BOX, polygons=(POLYGON,))
     for kind in KINDS:
         generator = np.random.default_rng(0)
-        ours = lambda: draw(image, [sample_marker(region, size, generator, kind, COLOR)])  # noqa: E731
-        official = lambda: blend(image, kind, [*BOX], [[*POLYGON]], rgb_value=COLOR)  # noqa: E731
+        ours = lambda: draw(image, [sample_marker(region, size, generator, kind, COLOR)])
+        official = lambda: blend(image, kind, [*BOX], [[*POLYGON]], rgb_value=COLOR)
         rows[f"draw: {kind}"] = median_ms(ours, [official] if blend else [], args.repeat)
     packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("pillow", "numpy", *peers))
     print(f"{size[0]} x {size[1]}, to {SIDE}; {packages}")

@@ -8,7 +8,6 @@ PyTorch's profiler looks on at an answer of one token, and at one of --tokens mo
 all of it takes when nobody looks on is told by bench.speed.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -19,9 +18,9 @@ from typing import NamedTuple
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.answering import SIZES, Ours, config_of
+from bench.answering import Ours
 from bench.sides import alone
-from bench.training import write_weights
+from bench.training import SIZES, config_of, write_weights
 from commandline import Parser, at_least, check_device, run
 
 IDLE = "(idle)"

@@ -25,9 +25,9 @@ from functools import partial
 import torch
 
 import checkpoint
-from bench.answering import SIZES, Ours, config_of, finished
+from bench.answering import Ours, finished
 from bench.sides import alone
-from bench.training import write_weights
+from bench.training import SIZES, config_of, write_weights
 from commandline import Parser, at_least, check_device, run
 from data.scenes import generator_for
 from evals.benchmark import look, prompt

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
             seconds = time.perf_counter() - began
             peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             print(f"{which} check: {args.n:,} records, {size / 1e6:.0f} MB, {seconds:.0f} s on {os.cpu_count()} cores, "
-                  f"largest process {peak / 1e6:.0f} MB; {said.strip().splitlines()[-1].strip()}")  # fmt: skip
+                  f"largest process {peak / 1e6:.0f} MB; {said.strip().splitlines()[-1].strip()}")
 
 
 if __name__ == "__main__":

@@ -33,14 +33,15 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench.answering import KINDS, SIZES, check_gpt_fast, config_of, finished
+from bench.answering import KINDS, check_gpt_fast, finished
 from bench.sides import Side, alone
-from bench.training import matmul_tflops, write_weights
-from commandline import Parser, check_device, run
+from bench.training import SIZES, config_of, matmul_tflops, write_weights
+from commandline import Parser, at_least, check_device, run
 from vipllava import ViPLLaVAConfig
 
 MEASURES = ("answer", "look", "turn", "load")
@@ -73,7 +74,7 @@ def limits(device: torch.device) -> tuple[float, ...]:
 
 
 def image_flops(config: ViPLLaVAConfig) -> float:
-    """Of the tower as far as it is looked at, and the projector."""
+    """FLOPs of an image: the tower, as far as it is looked at, and the projector."""
     vision, text, N = config.vision, config.text, config.vision.patches
     C, wide = vision.width, len(config.feature_layers) * vision.width
     tower = config.depth * (2 * (N + 1) * (4 * C * C + 2 * C * vision.mlp) + 4 * (N + 1) ** 2 * C) + 6 * N * vision.patch_size**2 * C
@@ -81,7 +82,7 @@ def image_flops(config: ViPLLaVAConfig) -> float:
 
 
 def prefill_flops(config: ViPLLaVAConfig, words: int) -> float:
-    """Of an image, the decoder, and the head on the last token."""
+    """FLOPs until the first token: an image, the decoder, and the head on the last token."""
     text, T = config.text, config.vision.patches + words
     heads = 2 * text.width**2 + 2 * text.width * text.kv_heads * text.head_width
     decoder = text.layers * (2 * T * (heads + 3 * text.width * text.mlp) + 2 * T * T * text.width)  # attention is causal
@@ -136,13 +137,13 @@ def median(values) -> float | None:
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m bench.speed", description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--layers", type=int, help="of the decoder: fewer, to try something out (the size's own)")
-    parser.add_argument("--words", type=int, default=64, help="after the image (64)")
-    parser.add_argument("--tokens", type=int, default=32, help="of an answer (32)")
-    parser.add_argument("--images", type=int, help="pictures at once (32 on a GPU, else 1)")
-    parser.add_argument("--repeat", type=int, default=5, help="times that each is measured (5)")
+    parser.add_argument("--layers", type=partial(at_least, 1), help="of the decoder: fewer, to try something out (the size's own)")
+    parser.add_argument("--words", type=partial(at_least, 2), default=64, help="after the image (64)")
+    parser.add_argument("--tokens", type=partial(at_least, 2), default=32, help="of an answer (32)")
+    parser.add_argument("--images", type=partial(at_least, 1), help="pictures at once (32 on a GPU, else 1)")
+    parser.add_argument("--repeat", type=partial(at_least, 1), default=5, help="times that each is measured (5)")
     parser.add_argument("--precision", nargs="*", choices=("bfloat16", "int8", "int4", "float32"),
-                        default=["bfloat16", "int8", "int4", "float32"], help="of ours; theirs have the first and last")  # fmt: skip
+                        default=["bfloat16", "int8", "int4", "float32"], help="of ours; theirs have the first and last")
     parser.add_argument("--gpt-fast", type=Path, help="a clone of it, to compare decode with, too")
     parser.add_argument("--alone", action="store_true", help="without transformers")
     parser.add_argument("--compile", action="store_true", help="our steps by torch.compile")
@@ -151,9 +152,6 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     args.device = check_device(args.device)
     args.images = (32 if args.device.type == "cuda" else 1) if args.images is None else args.images
-    for name, low in (("layers", 1), ("words", 2), ("tokens", 2), ("images", 1), ("repeat", 1)):
-        if (value := getattr(args, name)) is not None and value < low:
-            raise ValueError(f"{name} is {value}; expected {low} or more")
     if args.gpt_fast:
         check_gpt_fast(args.gpt_fast / "model.py")
     installed = not args.alone and importlib.util.find_spec("transformers")
@@ -180,7 +178,7 @@ def differing(results: dict[str, dict]) -> list[str]:
     """Who said other tokens than before, and where both sides should have said the same in 32 bits and didn't."""
     said = {side: [answer[2] for answer in found["answers"]] for side, found in results.items() if found["answers"]}
     wrong = [f"{side} said {first}, then {other}; expected the same each time"
-             for side, (first, *others) in said.items() for other in others if other != first]  # fmt: skip
+             for side, (first, *others) in said.items() for other in others if other != first]
     mine, theirs = (said.get(f"{name} float32", [None])[0] for name in ("ours", "transformers"))
     if None not in (mine, theirs) and mine != theirs:
         wrong.append(f"ours said {mine}, transformers {theirs}; expected the same in 32 bits")
@@ -191,12 +189,12 @@ def report(args, config, results, peers, speed: float, peak: dict[str, float]) -
     """The table of one race."""
     cuda = args.device.type == "cuda"
     machine = torch.cuda.get_device_name() if cuda else (
-        f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")  # fmt: skip
+        f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ["torch", *peers] if name != "gpt-fast")
     most = {"bfloat16": max(peak.values()), "float32": peak["float32"]}  # 16 bits may be multiplied in 32
     flops, length = prefill_flops(config, args.words), config.vision.patches + args.words
     print(f"{args.size}, {config.text.layers} layers, {length} tokens of prompt, {args.tokens} of answer; {machine}; {versions}; limits: "
-          f"{speed / 1e9:.1f} GB/s, {peak['bfloat16']:.3g} TFLOP/s in bfloat16, {peak['float32']:.3g} in float32")  # fmt: skip
+          f"{speed / 1e9:.1f} GB/s, {peak['bfloat16']:.3g} TFLOP/s in bfloat16, {peak['float32']:.3g} in float32")
     print(f"{'':22}{'ours':>12}" + "".join(f"{name:>14}{'ratio':>8}" for name in peers) + f"{'of limit':>10}")
 
     def line(what: str, mine: float, others: list[float | None], share: float | None = None) -> None:
@@ -224,7 +222,7 @@ def report(args, config, results, peers, speed: float, peak: dict[str, float]) -
         if found["turns"]:
             with_memory, anew = (median([turn[k] for turn in found["turns"]]) for k in (0, 1))
             print(f"{f'second turn {precision}':22}{1e3 * with_memory:9.2f} ms; starting over {1e3 * anew:.2f} ms, "
-                  f"{anew / with_memory:.1f} times")  # fmt: skip
+                  f"{anew / with_memory:.1f} times")
         if found["answers"] and "transformers" in peers:
             tokens, other = (side["answers"][0][2] for side in (found, rivals[0]))
             same = next((i for i, (a, b) in enumerate(zip(tokens, other)) if a != b), len(tokens))

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -31,12 +32,12 @@ import lora
 from bench.sides import Side, alone
 from chat import IMAGE
 from clip import VisionConfig
-from commandline import Parser, check_device, run
+from commandline import Parser, at_least, check_device, run
 from parallel import Objective
 from recipe import TRAINED, Recipe, read_recipe
 from tokenizer import Tokenizer
 from train import TINY, compile_blocks, flops_per_token, freeze, make_optimizers
-from vipllava import ViPLLaVA, ViPLLaVAConfig
+from vipllava import IGNORE, ViPLLaVA, ViPLLaVAConfig
 
 SIZES = {
     "tiny": TINY,
@@ -48,6 +49,7 @@ SIZES = {
         VisionConfig(), llama.LlamaConfig(32000, width=2048, layers=16, heads=16, kv_heads=16, mlp=5632, context=2048)
     ),
     "7b": ViPLLaVAConfig(VisionConfig(), llama.LlamaConfig(32064)),
+    "13b": ViPLLaVAConfig(VisionConfig(), replace(llama.SIZES["13b"], vocab_size=32064)),
 }
 
 
@@ -55,8 +57,9 @@ SIZES = {
 
 
 def config_of(args: argparse.Namespace) -> ViPLLaVAConfig:
+    """The --size, with other --layers or another --image-size, where a command has these flags."""
     config = SIZES[args.size]
-    vision = replace(config.vision, image_size=args.image_size or config.vision.image_size)
+    vision = replace(config.vision, image_size=getattr(args, "image_size", None) or config.vision.image_size)
     text = replace(config.text, layers=args.layers or config.text.layers)
     return replace(config, vision=vision, text=text, image_token_id=text.vocab_size - 64)
 
@@ -80,7 +83,7 @@ def batch_of(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torc
     words = torch.randint(3, config.image_token_id, (args.batch, args.tokens), generator=generator)
     ids = torch.cat([torch.full((args.batch, config.vision.patches), IMAGE), words], dim=1)
     labels = ids.clone()
-    labels[:, : -args.tokens // 2] = -100
+    labels[:, : -args.tokens // 2] = IGNORE
     S = config.vision.image_size
     return tuple(x.to(args.device) for x in (ids, labels, torch.randn(args.batch, 3, S, S, generator=generator)))
 
@@ -96,7 +99,7 @@ def our_step(args: argparse.Namespace, folder: str) -> Callable[[], float]:
         compile_blocks(model)
     objective = Objective(model, low, several=False)
     (optimizer,) = make_optimizers(model, recipe)
-    trained = int((batch[1][:, 1:] != -100).sum())
+    trained = int((batch[1][:, 1:] != IGNORE).sum())
 
     def step() -> float:
         loss = objective(*batch) / trained
@@ -210,22 +213,19 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m bench.training", description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--train", choices=[kind for kind in TRAINED if kind != "contrast"], default="language", help="what is trained (language)")
-    parser.add_argument("--rank", type=int, default=128, help="of LoRA (128)")
-    parser.add_argument("--batch", type=int, default=16, help="samples a step (16)")
-    parser.add_argument("--tokens", type=int, default=128, help="words after the image (128)")
-    parser.add_argument("--layers", type=int, help="of the decoder: fewer, to try something out (the size's own)")
+    parser.add_argument("--rank", type=partial(at_least, 1), default=128, help="of LoRA (128)")
+    parser.add_argument("--batch", type=partial(at_least, 1), default=16, help="samples a step (16)")
+    parser.add_argument("--tokens", type=partial(at_least, 2), default=128, help="words after the image (128)")
+    parser.add_argument("--layers", type=partial(at_least, 1), help="of the decoder: fewer, to try something out (the size's own)")
     parser.add_argument("--image-size", type=int, help="side of the image in pixels (the size's own)")
-    parser.add_argument("--steps", type=int, default=10, help="steps timed of each side (10)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them (3)")
+    parser.add_argument("--steps", type=partial(at_least, 1), default=10, help="steps timed of each side (10)")
+    parser.add_argument("--warmup", type=partial(at_least, 1), default=3, help="steps before them (3)")
     parser.add_argument("--apart", action="store_true", help="one side after the other")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device")
     parser.add_argument("--compile", action="store_true", help="our blocks by torch.compile")
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="MFU is a part of it (a matrix product's)")
     args = parser.parse_args(argv)
-    for name, low in (("rank", 1), ("batch", 1), ("layers", 1), ("tokens", 2), ("steps", 1), ("warmup", 1)):
-        if (value := getattr(args, name)) is not None and value < low:
-            raise ValueError(f"{name} is {value}; expected {low} or more")
     args.device, low = check_device(args.device), getattr(torch, args.precision)
     with torch.device("meta"):
         model = ViPLLaVA(config_of(args))
@@ -246,7 +246,7 @@ def main(argv: list[str]) -> None:
         median = medians[side.name]
         mfu = flops_per_token(model) * args.batch * tokens / median / 1e12 / peak
         print(f"{side.name:13} {args.batch / median:9.3g} samples/s  {1e3 * median:9.1f} ms a step  MFU {mfu:5.1%}  "
-              f"peak memory {side.peak / 1e9:6.2f} GB  first loss {side.losses[0]:.5f}")  # fmt: skip
+              f"peak memory {side.peak / 1e9:6.2f} GB  first loss {side.losses[0]:.5f}")
     if len(sides) > 1:
         print(f"ours x transformers {medians['transformers'] / medians['ours']:.2f}")
     print(json.dumps({side.name: {"seconds": side.times, "losses": side.losses, "peak": side.peak} for side in sides}))

@@ -48,7 +48,7 @@ SCENES = {
     "bold-markers": functools.partial(questions.marker_sample, distribution=scenes.BOLD),
     "bold-marked": functools.partial(questions.marked_caption_sample, distribution=scenes.BOLD),
     # what the official data sets ask: v7w, pointQA_twice, vcr, refcocog, vg_rel, flickr30k
-    **{kind: functools.partial(benchmarks.sample, kind) for kind in (*benchmarks.KINDS, "vcr-choice")},
+    **{kind: functools.partial(benchmarks.sample, kind) for kind in (*benchmarks.OFFICIAL, "vcr-choice")},
     "vip-bench": benchmarks.vip_sample,
 }
 DRILLS = {  # easier steps towards those (drills.py), captions that tell textures and signs, ViP-Bench by capability
@@ -263,4 +263,4 @@ def batches(data: Examples, batch: int, seed: int, first: int, last: int, *, mic
     mine = (members[rank::world] for members in order(data, batch, seed, first, last))
     into_micros = functools.partial(_step, micro=micro or -(-batch // world), join=data.collate)
     return iter(DataLoader(data, batch_sampler=mine, collate_fn=into_micros, num_workers=workers, pin_memory=pin,
-                           worker_init_fn=_leave_signals))  # fmt: skip
+                           worker_init_fn=_leave_signals))

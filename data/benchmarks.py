@@ -28,14 +28,14 @@ from pathlib import Path
 import numpy as np
 
 from chat import Turn
-from commandline import Parser, run
+from commandline import Parser, at_least, run
 from data import scenes
 from data.records import Sample, annotate
 from data.scenes import (DIGITS, LETTERED, LETTERS, SPLITS, Object, Scene, describe, is_clear, look_of, position, relation,
-                         render, sample_scene)  # fmt: skip
+                         render, sample_scene)
 from data.write import flat, staged
 from overlay import draw, phrase
-from overlay import KINDS as MARKERS
+from overlay import KINDS
 
 CORNERS = {"square": 4, "bar": 4, "hourglass": 6, "bolt": 6, "star": 10, "cross": 12}
 MIRRORS = {"square": 4, "bar": 2, "hourglass": 2, "bolt": 0, "star": 5, "cross": 4, "heart": 1, "moon": 1}
@@ -99,7 +99,7 @@ def _clear_pair(generator: np.random.Generator, side: int) -> tuple[Scene, int, 
     while True:
         scene = sample_scene(generator, (side, side), rich=True)
         pairs = [(a, b) for a, one in enumerate(scene.objects) for b, other in enumerate(scene.objects)
-                 if a != b and is_clear(one, other)]  # fmt: skip
+                 if a != b and is_clear(one, other)]
         if pairs:
             a, b = pairs[generator.integers(len(pairs))]
             return scene, a, b, way_of(scene.objects[a], scene.objects[b])
@@ -110,14 +110,14 @@ def vcr(generator: np.random.Generator, side: int) -> Made:
     scene, a, b, way = _clear_pair(generator, side)
     answers, reasons = ([list(WAYS)[k] for k in generator.permutation(4)] for _ in range(2))
     meta = {"boxes": [[*thing.box, 1.0] for thing in scene.objects],
-            "segms": [[[list(point) for point in thing.polygon]] for thing in scene.objects]}  # fmt: skip
+            "segms": [[[list(point) for point in thing.polygon]] for thing in scene.objects]}
     return Made(scene, [{
         "class_names": ["object"] * len(scene.objects), "question": ["Where is", [a], ", seen from", [b], "?"],
         "answer_choices": [[[a], f"is {answer}", [b], "."] for answer in answers],
         "answer_label": answers.index(way),
         "rationale_choices": [[[a], WAYS[reason], [b], "."] for reason in reasons],
         "rationale_label": reasons.index(way), "meta": meta,
-    }])  # fmt: skip
+    }])
 
 
 def refcocog(generator: np.random.Generator, side: int) -> Made:
@@ -189,7 +189,7 @@ def _tell(generator, scene, things):
 def bearing(scene: Scene, signs: dict[Object, str]) -> Scene:
     """The same, but these objects are plain and bear these signs, and no other object bears any."""
     objects = [replace(thing, text=signs.get(thing, ""), texture="plain" if thing in signs else thing.texture)
-               for thing in scene.objects]  # fmt: skip
+               for thing in scene.objects]
     return replace(scene, objects=tuple(objects))
 
 
@@ -206,19 +206,19 @@ MARKED_BY = {"bbox": ("rectangle",), "human": ("ellipse", "scribble", "arrow")} 
 
 
 def vip_bench(folder: Path, n: int, split: str, seed: int, side: int) -> None:
-    meta, lines = {}, {split: [] for split in MARKED_BY}
-    for name in ("source_image", *(f"{split}/images" for split in MARKED_BY)):
+    meta, lines = {}, {by: [] for by in MARKED_BY}
+    for name in ("source_image", *(f"{by}/images" for by in MARKED_BY)):
         (folder / name).mkdir(parents=True)
     for i in range(n):
         capabilities = TASKS[i % len(TASKS)][-1]
-        generator = generator_for(split, seed, i, len(KINDS) + 1)
+        generator = generator_for(split, seed, i, len(OFFICIAL) + 1)
         scene, things, marked, question, truth = _vip_item(generator, i % len(TASKS), side, MARKED_BY)
         image, source, name = render(scene), f"v1_{i}.png", f"v1_{i}_0.png"
         meta[f"v1_{i}"] = {"image_source": source, "image": name, "question": question, "answer": truth,
-                           "capability": list(capabilities)}  # fmt: skip
+                           "capability": list(capabilities)}
         image.save(folder / "source_image" / source)
         boxes = [{"label": f"obj{k or ''}", "shape_type": "rectangle", "points": [thing.box[:2], thing.box[2:]]}
-                 for k, thing in enumerate(things)]  # fmt: skip
+                 for k, thing in enumerate(things)]
         said = {"shapes": boxes, "imagePath": source, "imageWidth": side, "imageHeight": side}
         (folder / "source_image" / f"v1_{i}.json").write_text(json.dumps(said) + "\n")
         for by, markers in marked.items():
@@ -240,7 +240,7 @@ def vip_question(generator: np.random.Generator, size: tuple[int, int], capabili
     """A scene, the things that are marked in it, their markers, of all kinds, a question, and of several right answers
     the first. capability: the one it is there for; None: any."""
     task = CAPABILITIES.index(capability) if capability else int(generator.integers(len(TASKS)))
-    scene, things, marked, question, truth = _vip_item(generator, task, size[0], {"any": MARKERS})
+    scene, things, marked, question, truth = _vip_item(generator, task, size[0], {"any": KINDS})
     answer = truth.split("<OR>")[0].replace("<AND>", ", ")
     return scene, things, marked["any"], _fill_in(question, marked["any"]), answer
 
@@ -273,7 +273,7 @@ def _vip_item(generator, task: int, side: int, kinds_by: dict[str, Sequence[str]
 
 
 # official kind -> how one is made, and the official name of the file that is tested on
-KINDS = {
+OFFICIAL = {
     "v7w": (visual7w, "v7w-test"),
     "pointQA_twice": (point_qa, "pointQA_twice_test"),
     "vcr": (vcr, "vcr-val"),
@@ -286,7 +286,7 @@ KINDS = {
 def sample(kind: str, generator: np.random.Generator, size: tuple[int, int]) -> Sample:
     """One of a kind for training, read as its record would be, but nothing touches the disk. "vcr-choice": VCR as its
     evaluation asks."""
-    return read(KINDS[kind.split("-")[0]][0](generator, size[0]), kind, generator)
+    return read(OFFICIAL[kind.split("-")[0]][0](generator, size[0]), kind, generator)
 
 
 def read(made: Made, kind: str, generator: np.random.Generator) -> Sample:
@@ -304,7 +304,7 @@ def write(out: str | Path, n: int, seed: int = 0, side: int = 224, split: str = 
     """n pictures of each kind, and the records about them, into a new or empty folder; all or nothing."""
     with staged(out, n, side) as folder:
         (folder / "vcr").mkdir()
-        for number, (kind, (make, official)) in enumerate(KINDS.items(), 1):
+        for number, (kind, (make, official)) in enumerate(OFFICIAL.items(), 1):
             records = []
             for i in range(n):
                 made, image = make(generator_for(split, seed, i, number), side), f"images/{kind}-{i:06d}.png"
@@ -323,12 +323,10 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m data.benchmarks", description="The paper's benchmarks in a small world.")
     parser.add_argument("out", help="a new or empty folder")
     parser.add_argument("-n", type=int, default=200, help="pictures of each (200)")
-    parser.add_argument("--seed", type=int, default=0, help="0 or more (0)")
+    parser.add_argument("--seed", type=partial(at_least, 0), default=0, help="0 or more (0)")
     parser.add_argument("--size", type=int, default=224, help="side of an image in pixels (224)")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which scenes (test)")
     args = parser.parse_args(argv)
-    if args.seed < 0:
-        raise ValueError(f"seed is {args.seed}; expected 0 or more")
     write(args.out, args.n, args.seed, args.size, args.split)
 
 

@@ -159,7 +159,7 @@ def _both_ways(a: Object, b: Object, *words: str) -> list[tuple[str, str]]:
     """How two marked things lie to each other, as a triplet and in a sentence."""
     way = benchmarks.way_of(a, b)
     return [(TRIPLET.format(*words), f"({look_of(a)}, {way}, {look_of(b)})"),
-            (SEEN_FROM.format(*words), f"The object {words[0]} is {way} the object {words[1]}.")]  # fmt: skip
+            (SEEN_FROM.format(*words), f"The object {words[0]} is {way} the object {words[1]}.")]
 
 
 def choices(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
@@ -198,7 +198,8 @@ def options(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
 
 
 def said(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
-    """Of options, said first, marked things alone. There one in eight is about them, and a small model kept on guessing."""
+    """As `options`, the option said before its letter, but all about marked things: of `options` one question in eight
+    is, and a small model kept on guessing."""
     marked = [f"The object within the {color} rectangle" for color in generator.permutation(list(COLORS))[:4].tolist()]
     question, answer = _by_letter(generator, "Choose any option.", marked, int(generator.integers(4)), spell=True)
     return Sample(None, (), (Turn(question, answer),))

@@ -247,7 +247,7 @@ DESCRIBE = {
            "Please describe the image in a sentence that names both the marked objects and their visual prompts."),
     False: ("Describe the image and the objects that visual prompts point at, without the visual prompts themselves.",
             "Please describe the image in a sentence about the marked objects, but do not mention how they are marked."),
-}  # fmt: skip
+}
 
 
 def _flickr30k(record, images, generator) -> Plan:
@@ -381,7 +381,7 @@ READERS = {
     "regions": _regions, "conversations": _conversations, "refcocog": _refcocog, "refcocog-gpt4v": _refcocog_gpt4v,
     "vg_rel": _vg_rel, "vg_rel-gpt4v": _vg_rel_gpt4v, "vcr": _vcr, "vcr-choice": _vcr_choice, "flickr30k": _flickr30k, "v7w": _v7w,
     "pointQA_twice": _point_qa,
-}  # fmt: skip
+}
 
 
 def kind_of(record: dict) -> str:

@@ -32,7 +32,7 @@ if not __package__:  # run as a file: what it imports lies one floor up
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from chat import TEMPLATES, Turn
 from clip import open_image
@@ -74,9 +74,9 @@ class Look:
 
 
 def choose_looks(generator: np.random.Generator, n: int, kinds: Sequence[str], given=(), crowded=False) -> list[Look]:
-    """n looks, no two with the same words. Of a kind that occurs once, every other color has no name; of one that
-    occurs more often, all have names, and different ones. given: for each, a dict that may hold "kind" and "color".
-    crowded: more regions than words are no error."""
+    """n looks, no two with the same words: kinds first, then colors. A kind that only one has gets, half of the time, any
+    rgb, which the words leave out; one that several have a different color with a name each. given: for each look, a dict
+    that may hold "kind" and "color". crowded: more regions than words are no error."""
     given = list(given) or [{}] * n
     chosen = [one.get("kind") for one in given]
     for i in range(n):
@@ -145,7 +145,7 @@ def _mark(plan: Plan, generator: np.random.Generator, size) -> tuple[list[Look],
         pairs = [(look, region) for look, group in zip(looks, plan.groups) for region in group]
         try:
             return looks, [sample_marker(region, size, generator, look.kind, look.color, plan.distribution)
-                           for look, region in pairs]  # fmt: skip
+                           for look, region in pairs]
         except ValueError:
             if attempt == 19:
                 raise
@@ -171,7 +171,7 @@ def size_of(path: Path) -> tuple[int, int]:
                 if image.mode == "F":
                     raise ValueError(f"{path} has floating-point pixels; expected 8 or 16 bits")
                 width, height = image.size
-                return (height, width) if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
+                return (height, width) if image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8) else (width, height)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels, the limit; shrink it") from None
     except (OSError, SyntaxError, TypeError, struct.error) as error:
@@ -261,14 +261,14 @@ def check_range(task: tuple[JSONFile, Path, range]) -> tuple[Counter, list[tuple
     return good, bad
 
 
-def check(path: Path, images: Path, processes: int | None = None) -> int:
+def check(path: Path, images: Path) -> int:
     """Print every bad record and how many are good, by kind; returns how many are bad."""
     file, good, bad = JSONFile(path), Counter(), 0
     if not len(file):
         raise ValueError(f"{path} has no records; expected one or more")
     tasks = [(file, images, range(first, min(first + 1000, len(file)))) for first in range(0, len(file), 1000)]
     ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
-    with multiprocessing.Pool(processes, signal.signal, ignore) as pool:
+    with multiprocessing.Pool(None, signal.signal, ignore) as pool:
         for some, wrong in with_bar(pool.imap(check_range, tasks), "records", len(tasks), unit="k"):
             good += some
             bad += len(wrong)

@@ -70,6 +70,10 @@ class Object:
         x0, y0, x1, y1 = self.box
         return (x0 + x1) / 2, (y0 + y1) / 2
 
+    @property
+    def region(self) -> Region:
+        return Region(box=self.box, polygons=(self.polygon,))
+
 
 @dataclass(frozen=True)
 class Background:
@@ -376,9 +380,8 @@ def sample_markers(generator: np.random.Generator, scene: Scene, n: int, kinds: 
     kinds = [kinds[i] for i in generator.integers(len(kinds), size=n)]
     markers = []
     for thing, kind in zip(things, kinds):
-        region = Region(box=thing.box, polygons=(thing.polygon,))
         for _ in range(1000):
-            marker = sample_marker(region, scene.size, generator, kind=kind, distribution=distribution)
+            marker = sample_marker(thing.region, scene.size, generator, kind=kind, distribution=distribution)
             rivals = [other for other in markers if other.kind == kind]
             named = kinds.count(kind) == 1 or not phrase(marker).endswith(f"the {kind}")
             if named and _is_visible(marker, thing, scene) and all(_far(marker, r.color, UNLIKE) for r in rivals):

@@ -16,16 +16,17 @@ import shutil
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from textwrap import wrap
 
 from PIL import Image, ImageDraw
 
-from commandline import Parser, check_ours, run, save_image
+from commandline import Parser, at_least, check_ours, run, save_image
 from data.questions import marker_sample
 from data.scenes import (BOLD, SHAPES, SPLITS, Background, Scene, caption, describe, generator_for, make_object, render,
                          sample_scene)
-from overlay import KINDS, Region, draw, phrase, sample_marker
+from overlay import KINDS, draw, phrase, sample_marker
 
 
 def records(out: str | Path, n: int, seed: int = 0, side: int = 224, split: str = "test") -> None:
@@ -147,10 +148,9 @@ def eight_markers(path: str | Path, side: int = 224) -> None:
     scene, generator = example_scene(), generator_for("val", 0, 3)
     heart = next(thing for thing in scene.objects if thing.shape == "heart")
     page = Image.new("RGB", (4 * (side + 8) - 8, 2 * (side + 24)), "white")
-    region = Region(box=heart.box, polygons=(heart.polygon,))
     colors = ("red", "blue", "purple", "fuchsia", "blue", "red", "blue", "lime")
     for i, (kind, color) in enumerate(zip(KINDS, colors)):
-        marker = sample_marker(region, scene.size, generator, kind, color, BOLD)
+        marker = sample_marker(heart.region, scene.size, generator, kind, color, BOLD)
         x, y = i % 4 * (side + 8), i // 4 * (side + 24)
         page.paste(draw(render(scene), [marker]).resize((side, side), Image.Resampling.BICUBIC), (x, y))
         ImageDraw.Draw(page).text((x + 2, y + side + 4), phrase(marker), fill="black")
@@ -163,7 +163,7 @@ def main(argv: list[str]) -> None:
     command = commands.add_parser("records", help="scenes as official records")
     command.add_argument("out", help="a new or empty folder")
     command.add_argument("-n", type=int, default=100, help="images (100)")
-    command.add_argument("--seed", type=int, default=0, help="0 or more (0)")
+    command.add_argument("--seed", type=partial(at_least, 0), default=0, help="0 or more (0)")
     command.add_argument("--size", type=int, default=224, help="side of an image in pixels (224)")
     command.add_argument("--split", choices=SPLITS, default="test", help="which scenes (test)")
     command = commands.add_parser("houses", help="records of a task that no weights of ours know")
@@ -178,8 +178,6 @@ def main(argv: list[str]) -> None:
         commands.add_parser(name, help=text).add_argument("out", type=Path, help="the image to write, such as out.png")
     args = parser.parse_args(argv)
     if args.command == "records":
-        if args.seed < 0:
-            raise ValueError(f"seed is {args.seed}; expected 0 or more")
         records(args.out, args.n, args.seed, args.size, args.split)
     elif args.command == "houses":
         houses(args.out, args.n)

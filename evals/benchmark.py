@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ import torch
 import checkpoint
 from chat import TEMPLATES, encode_chat, stop_ids
 from clip import preprocess
-from commandline import Parser, check_device, with_bar
+from commandline import Parser, at_least, check_device, with_bar
 from data.index import JSONFile
 from data.readers import Plan
 from data.records import MALFORMED, BadRecord, Sample, bad_record, to_sample
@@ -59,7 +60,7 @@ class Benchmark:
 
 
 def template_of(model: ViPLLaVA, sample: Sample) -> str:
-    """Of a sample's prompt: the model's, or where nothing is asked, "plain", as its caption is wanted."""
+    """The template of a sample's prompt: the model's, or where nothing is asked, "plain", as its caption is wanted."""
     return "plain" if sample.is_caption else model.config.template
 
 
@@ -134,7 +135,7 @@ class Respondent:
             length = len(expand(prompt(self.model, self.tokenizer, sample), self.model.config.vision.patches))
             if length + self.limit > self.model.config.text.context:
                 raise ValueError(f"{length} tokens, and {self.limit} for the answer; expected them to fit the model's "
-                                 f"context of {self.model.config.text.context}")  # fmt: skip
+                                 f"context of {self.model.config.text.context}")
             name = record.get("id", record.get("question_id", k))
             return Question(name, sample, look(self.model, sample, self.benchmark.mode), about)
         except MALFORMED as error:
@@ -154,7 +155,7 @@ class Respondent:
         about = one.about if isinstance(one, Question) else {"where": one.where, "error": one.reason}
         key = json.dumps([self.args.model, self.benchmark.name, k, one.id, text])
         return {"question_id": one.id, "text": text, "answer_id": hashlib.sha256(key.encode()).hexdigest()[:22],
-                "model_id": self.args.model, "metadata": {"record": k, **about}}  # fmt: skip
+                "model_id": self.args.model, "metadata": {"record": k, **about}}
 
 
 def generator_of(seed: int, record: dict) -> np.random.Generator:
@@ -200,7 +201,7 @@ def ask(benchmark: Benchmark, args, numbers: Sequence[int] | None = None) -> lis
 
 
 def is_answer(line: dict) -> bool:
-    """Or what was said of a bad record."""
+    """Is this a line of ours: an answer, or what was wrong with a bad record?"""
     about = line["metadata"]
     if not isinstance(about, dict) or not isinstance(about.get("record"), int):
         return False
@@ -303,9 +304,9 @@ def check_settings(args) -> None:
     """OUT/run.json says what the answers beside it are of; all of it must be the same. Without answers, it says nothing."""
     folder = find(args.model)
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
-               for pattern in ("*.safetensors", "*.bin") for file in sorted(folder.glob(pattern))]  # fmt: skip
+               for pattern in ("*.safetensors", "*.bin") for file in sorted(folder.glob(pattern))]
     settings = {"model": str(folder), "weights": _digest(json.dumps(weights).encode()),
-                "data": _digest(args.data.read_bytes()), **args.settings}  # fmt: skip
+                "data": _digest(args.data.read_bytes()), **args.settings}
     path = args.out / "run.json"
     if path.is_file():
         before = read_json(path)
@@ -367,7 +368,7 @@ def right(line: dict, clean: Callable[[str], str] = str) -> bool:
 
 
 def report(title: str, args, lines: Sequence[dict], table: dict[str, dict], published: dict[str, str],
-           name="results") -> None:  # fmt: skip
+           name="results") -> None:
     """Print the table and what was bad; write OUT/NAME.json, which holds no times: twice the same."""
     bad = {line["metadata"]["record"]: line for line in lines if "error" in line["metadata"]}
     for line in bad.values():
@@ -381,7 +382,7 @@ def report(title: str, args, lines: Sequence[dict], table: dict[str, dict], publ
     for label, number in published.items():
         print(f"{'published, ' + label:24} {number}")
     results = {"benchmark": title, "model": args.model, "rows": table, "published": published,
-               "bad": [line["question_id"] for line in bad.values()]}  # fmt: skip
+               "bad": [line["question_id"] for line in bad.values()]}
     replace_file(args.out / f"{name}.json", json.dumps(results, indent=1) + "\n")
 
 
@@ -403,20 +404,17 @@ def flags(name: str, about: str, folder: bool = False) -> Parser:
         parser.add_argument("--images", type=Path, help="the folder that images lie in (that of --data)")
     usual = f"runs/evals/{name}{'-SPLIT' if folder else ''}-MODEL"
     parser.add_argument("--out", type=Path, help=f"the folder for answers and results ({usual})")
-    parser.add_argument("--seed", type=int, default=0, help="of the markers, 0 or more (0)")
-    parser.add_argument("--batch", type=int, default=8, help="questions at once (8)")
-    parser.add_argument("--processes", type=int, default=1, help="that answer at the same time, by GPU (1)")
+    parser.add_argument("--seed", type=partial(at_least, 0), default=0, help="of the markers, 0 or more (0)")
+    parser.add_argument("--batch", type=partial(at_least, 1), default=8, help="questions at once (8)")
+    parser.add_argument("--processes", type=partial(at_least, 1), default=1, help="that answer at the same time, by GPU (1)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"),
-                        help="default: float32 on a CPU, else what the weights have")  # fmt: skip
+                        help="default: float32 on a CPU, else what the weights have")
     return parser
 
 
 def prepare(args: argparse.Namespace, name: str, settings: Sequence[str] = ()) -> argparse.Namespace:
     """The same arguments, checked and completed. settings: flags of a benchmark's own that decide about answers."""
-    for flag, low in (("seed", 0), ("batch", 1), ("processes", 1)):
-        if getattr(args, flag) < low:
-            raise ValueError(f"{flag} is {getattr(args, flag)}; expected {low} or more")
     args.began, args.device = time.perf_counter(), check_device(args.device)
     precision = args.precision or ("float32" if args.device.type == "cpu" else None)
     args.dtype = getattr(torch, precision) if precision else None

@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import checkpoint
@@ -54,7 +55,7 @@ STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.
 
 
 @dataclass(frozen=True)
-class Plan:
+class Budget:
     """How much is done."""
 
     lessons: int = 12_000  # that a variant learns from
@@ -65,7 +66,7 @@ class Plan:
     clip_steps: int = 800  # of 64 pairs
 
 
-QUICK = Plan(lessons=1200, steps=120, exercises=96, seeds=1, probed=512, clip_steps=8)
+QUICK = Budget(lessons=1200, steps=120, exercises=96, seeds=1, probed=512, clip_steps=8)
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ class Lab:
 
     model: ViPLLaVA  # its tower is the frozen one, and its language model the one that variants start from
     tokenizer: Tokenizer
-    plan: Plan
+    budget: Budget
     out: Path
     side: int
     low: torch.dtype = torch.float32  # in which variants and CLIPs are trained
@@ -123,8 +124,8 @@ class Lab:
         return [make(generator_for(split, 0, i), self.size, i) for i in range(n)]
 
     def states(self, name: str, lessons: Sequence, picture: str = "marked") -> States:
-        pictures = lambda i: getattr(lessons[i], picture)  # noqa: E731
-        return States(self.out / "states" / f"{name}-{picture}.npy", self.model.vision, pictures, len(lessons))
+        path = self.out / "states" / f"{name}-{picture}.npy"
+        return States(path, self.model.vision, lambda i: getattr(lessons[i], picture), len(lessons))
 
     def trained(self, name: str, variant: Variant, lessons: Sequence, states: dict, seed: int, then: Callable):
         """What `then` finds about the variant, once it has been trained. name: of what it learns from; two experiments
@@ -133,7 +134,7 @@ class Lab:
 
         def make():
             model, folder = start(self.model, variant.layers, seed), self.out / "runs" / name
-            course = Course(self.plan.steps, low=self.low, compile=self.compile)
+            course = Course(self.budget.steps, low=self.low, compile=self.compile)
             teach(model, Lessons(lessons, states, variant, self.tokenizer, model.config), course, seed, folder)
             with torch.compiler.set_stance("force_eager"):  # answering would compile each block for each length
                 found = then(model.eval())
@@ -156,7 +157,7 @@ def _one_each(generator, size, i):
 
 def _variants(lab: Lab, variants: Sequence[Variant]) -> Iterator[dict]:
     """Each variant's accuracy, for all kinds of marker and for each."""
-    lessons, tests = lab.lessons("train", lab.plan.lessons, _plain), lab.lessons("test", lab.plan.exercises, _one_each)
+    lessons, tests = lab.lessons("train", lab.budget.lessons, _plain), lab.lessons("test", lab.budget.exercises, _one_each)
     pictures = {picture for variant in variants for picture in variant.pictures}
     learned = {picture: lab.states("train", lessons, picture) for picture in sorted(pictures)}
     tested = {picture: lab.states("test", tests, picture) for picture in sorted(pictures)}
@@ -164,7 +165,7 @@ def _variants(lab: Lab, variants: Sequence[Variant]) -> Iterator[dict]:
     for variant in variants:
         data = Lessons(tests, tested, variant, lab.tokenizer, lab.model.config)
         found = [lab.trained("train", variant, lessons, learned, seed, lambda model: examine(model, data))
-                 for seed in range(lab.plan.seeds)]  # fmt: skip
+                 for seed in range(lab.budget.seeds)]
         yield row(variant.name, "all", found, chance)
         for k, kind in enumerate(KINDS):
             yield row(variant.name, kind, [scores[k :: len(KINDS)] for scores in found], chance)
@@ -177,7 +178,7 @@ def overlay(lab: Lab) -> Iterator[dict]:
         Variant("marked + unmarked tokens", layers, ("marked", "unmarked")),
         Variant("coordinates as text", layers, ("unmarked",), by_coordinates),
         Variant("unmarked", layers, ("unmarked",)),
-    ))  # fmt: skip
+    ))
 
 
 def layers(lab: Lab) -> Iterator[dict]:
@@ -188,8 +189,8 @@ def layers(lab: Lab) -> Iterator[dict]:
 
 
 def probed(lab: Lab) -> Iterator[dict]:
-    tables = [lab.kept(f"probes-{seed}", lambda: probes.table(lab.model.vision, lab.plan.probed, seed, lab.side))
-              for seed in range(lab.plan.seeds)]  # fmt: skip
+    tables = [lab.kept(f"probes-{seed}", lambda: probes.table(lab.model.vision, lab.budget.probed, seed, lab.side))
+              for seed in range(lab.budget.seeds)]
     for name, table in tables[0].items():
         for depth in range(len(table["accuracy"])):
             means = [[one[name]["accuracy"][depth] / 100] for one in tables]
@@ -201,7 +202,7 @@ def probed(lab: Lab) -> Iterator[dict]:
 
 def unseen(lab: Lab) -> Iterator[dict]:
     """One training on markers from narrow bands; then each attribute beyond its band, the others within theirs."""
-    lessons = lab.lessons("train", lab.plan.lessons, lambda generator, size, i: trials.narrow_lesson(generator, size))
+    lessons = lab.lessons("train", lab.budget.lessons, lambda generator, size, i: trials.narrow_lesson(generator, size))
     learned = {"marked": lab.states("narrow", lessons)}
     points = [(name, value) for name, attribute in trials.ATTRIBUTES.items() for value in attribute.values]
 
@@ -210,12 +211,12 @@ def unseen(lab: Lab) -> Iterator[dict]:
         found = []
         for name, value in points:
             make = trials.ATTRIBUTES[name].make
-            samples = [make(generator_for("test", 0, i), lab.size, value) for i in range(lab.plan.exercises // 2)]
+            samples = [make(generator_for("test", 0, i), lab.size, value) for i in range(lab.budget.exercises // 2)]
             found.append([lab.exact(samples, model), statistics.mean(sample.chance for sample in samples)])
         return found
 
     variant = Variant("narrow", lab.model.config.feature_layers)
-    tables = [lab.trained("narrow", variant, lessons, learned, seed, examined) for seed in range(lab.plan.seeds)]
+    tables = [lab.trained("narrow", variant, lessons, learned, seed, examined) for seed in range(lab.budget.seeds)]
     for k, (name, value) in enumerate(points):
         inside = trials.ATTRIBUTES[name].inside(value)
         said = {"trained": inside, "unit": trials.ATTRIBUTES[name].unit}
@@ -225,26 +226,24 @@ def unseen(lab: Lab) -> Iterator[dict]:
 def kinds(lab: Lab) -> Iterator[dict]:
     """The same things, marked by each kind in turn."""
     for kind in KINDS:
-        make = lambda i: trials.of_kind(generator_for("test", 0, i), lab.size, kind)  # noqa: E731
-        yield _counted(lab, "whole model", kind, make)
+        yield _counted(lab, "whole model", kind, lambda generator: trials.of_kind(generator, lab.size, kind))
 
 
 def numbers(lab: Lab) -> Iterator[dict]:
     for count in range(1, 9):
-        make = lambda i: trials.of_many(generator_for("test", 0, i), lab.size, count)  # noqa: E731
-        yield _counted(lab, "eight things, so many of them marked", count, make) | {"unit": "markers"}
+        series = "eight things, so many of them marked"
+        yield _counted(lab, series, count, lambda generator: trials.of_many(generator, lab.size, count)) | {"unit": "markers"}
 
 
 def breaking(lab: Lab) -> Iterator[dict]:
     for name, trial in trials.BREAKING.items():
         for level in trial.levels:
-            make = lambda i: trial.make(generator_for("test", 0, i), lab.size, level)  # noqa: E731
-            yield _counted(lab, name, level, make) | {"unit": trial.unit}
+            yield _counted(lab, name, level, lambda generator: trial.make(generator, lab.size, level)) | {"unit": trial.unit}
 
 
-def _counted(lab: Lab, series: str, x, make: Callable[[int], Sample]) -> dict:
+def _counted(lab: Lab, series: str, x, make: Callable[[np.random.Generator], trials.Trial]) -> dict:
     def count():
-        samples = [make(i) for i in range(lab.plan.exercises // 2)]
+        samples = [make(generator_for("test", 0, i)) for i in range(lab.budget.exercises // 2)]
         return [lab.exact(samples), statistics.mean(sample.chance for sample in samples)]
 
     scores, chance = lab.kept(f"{series}-{x}".replace("/", " of "), count)
@@ -254,7 +253,7 @@ def _counted(lab: Lab, series: str, x, make: Callable[[int], Sample]) -> dict:
 def beyond(lab: Lab) -> Iterator[dict]:
     """"Describe the image." with none to three markers on it: facts told rightly, and things counted rightly."""
     for marks in range(4):
-        samples = [trials.described(generator_for("test", 0, i), lab.size, marks) for i in range(lab.plan.exercises // 2)]
+        samples = [trials.described(generator_for("test", 0, i), lab.size, marks) for i in range(lab.budget.exercises // 2)]
         texts = lab.kept(f"described-{marks}", lambda: lab.ask(samples, limit=100))
         right = {"facts of the caption": trials.facts_right, "number of things": trials.number_right}
         for name, score in right.items():
@@ -265,7 +264,7 @@ def beyond(lab: Lab) -> Iterator[dict]:
 TOWERS = {f"{name}, patches of {patch}": VisionConfig(image_size=112, patch_size=patch, width=width, layers=depth,
                                                       heads=width // 32, mlp=4 * width)
           for name, (width, depth) in {"small": (64, 4), "medium": (128, 7), "large": (192, 9)}.items()
-          for patch in (14, 8)}  # fmt: skip
+          for patch in (14, 8)}
 
 
 def clips(lab: Lab) -> Iterator[dict]:
@@ -281,20 +280,20 @@ def _clip(lab: Lab, name: str, config: VisionConfig) -> dict:
     model, tokenize = contrast.tiny_clip(0, config)
     model.to(device)
     pairs = contrast.Pairs(tokenize, config, 0, lab.side)
-    recipe = replace(read_recipe("tiny-clip"), steps=lab.plan.clip_steps)
+    recipe = replace(read_recipe("tiny-clip"), steps=lab.budget.clip_steps)
     task = train.Task(contrast.Contrast(model, lab.low), pairs, publish=lambda state: None)
     train.train(task, recipe, folder, name, Place(device, 0, 1), Habits(log_every=200, keep=1))
-    table = probes.table(model.vision_model.eval(), lab.plan.probed, 0, lab.side)["kind"]
+    table = probes.table(model.vision_model.eval(), lab.budget.probed, 0, lab.side)["kind"]
     best = max(range(len(table["accuracy"])), key=table["accuracy"].__getitem__)
     low, high = table["interval"][best]
-    zero = trials.zero_shot(model.eval(), tokenize, lab.plan.exercises, lab.size)
+    zero = trials.zero_shot(model.eval(), tokenize, lab.budget.exercises, lab.size)
     shutil.rmtree(folder)
     said = {"accuracy": table["accuracy"][best], "low": low, "high": high, "chance": table["chance"], "n": table["n"]}
     return {"zero-shot": zero, "probe": said | {"depth": best}}
 
 
 EXPERIMENTS = {"kinds": kinds, "numbers": numbers, "beyond": beyond, "breaking": breaking, "probes": probed,
-               "overlay": overlay, "layers": layers, "unseen": unseen, "clips": clips}  # fmt: skip
+               "overlay": overlay, "layers": layers, "unseen": unseen, "clips": clips}
 MEASURES = {"probes": "read rightly", "beyond": "told rightly", "clips": "kinds of marker told rightly"}  # else exact answers
 
 
@@ -311,24 +310,24 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of training (float32)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the variants that are trained, not CLIPs")
-    for name, value in asdict(Plan()).items():
+    for name, value in asdict(Budget()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=partial(at_least, 1), help=f"({value})")
     args = parser.parse_args(argv)
-    given = {name: getattr(args, name) for name in asdict(Plan()) if getattr(args, name) is not None}
-    plan = Plan(**{**asdict(QUICK if args.quick else Plan()), **given})
-    if plan.seeds > max(STUDENT) or plan.exercises < 2 * len(KINDS) or plan.probed < 128 or args.side < 32:
-        raise ValueError(f"{plan}, side {args.side}; expected at most {max(STUDENT)} seeds, and no less than "
-                         f"{2 * len(KINDS)} exercises, 128 probed scenes and a side of 32")  # fmt: skip
+    given = {name: getattr(args, name) for name in asdict(Budget()) if getattr(args, name) is not None}
+    budget = Budget(**{**asdict(QUICK if args.quick else Budget()), **given})
+    if budget.seeds > max(STUDENT) or budget.exercises < 2 * len(KINDS) or budget.probed < 128 or args.side < 32:
+        raise ValueError(f"{budget}, side {args.side}; expected at most {max(STUDENT)} seeds, and no less than "
+                         f"{2 * len(KINDS)} exercises, 128 probed scenes and a side of 32")
     out = args.out or Path("runs/quick" if args.quick else "runs/experiments")
     model, tokenizer = checkpoint.load(args.model, check_device(args.device), torch.float32)
     if model.config.quantized:
         raise ValueError(f"{args.model} is {model.config.quantized}; expected 16 or 32 bits a weight")
     about = {"model": args.model, "weights": digest(model), "side": args.side, "precision": args.precision,
-             "rates": [Course.lr, Course.projector_lr], **asdict(plan)}  # fmt: skip
+             "rates": [Course.lr, Course.projector_lr], **asdict(budget)}
     del about["seeds"]  # more of them may come later
     refuse_another(out, about)
     torch.set_flush_denormal(True)  # as train.py does
-    lab = Lab(model, tokenizer, plan, out, args.side, getattr(torch, args.precision), args.compile)
+    lab = Lab(model, tokenizer, budget, out, args.side, getattr(torch, args.precision), args.compile)
     for name in EXPERIMENTS if args.experiment == "all" else [args.experiment]:
         rows = []
         for said in EXPERIMENTS[name](lab):
@@ -351,7 +350,7 @@ def refuse_another(out: Path, about: dict) -> None:
     then = read_json(path) if path.is_file() else about
     if changed := [f"{key} {then.get(key)}, now {about.get(key)}" for key in {**then, **about} if then.get(key) != about.get(key)]:
         expected = "expected the same flags, or another --out"
-        raise ValueError(f"{path} speaks of another model or plan ({'; '.join(changed)}); {expected}")
+        raise ValueError(f"{path} speaks of another model or budget ({'; '.join(changed)}); {expected}")
     out.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(about, indent=1) + "\n")
 

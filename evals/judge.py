@@ -130,7 +130,7 @@ class Judge:
 
     def complete(self, text: str, temperature: float) -> str:
         body = {"model": self.model, "messages": [{"role": "user", "content": text}], "max_tokens": 3,
-                "temperature": temperature}  # fmt: skip
+                "temperature": temperature}
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(PAUSE * 2 ** (attempt - 1))

@@ -22,6 +22,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +32,14 @@ from PIL import Image
 
 import checkpoint
 from clip import CLIPVision, preprocess
-from commandline import Parser, check_device, run
+from commandline import Parser, at_least, check_device, run
 from data.scenes import OBJECT_COLORS, SHAPES, generator_for, render, sample_scene, until_marked
 from evals.benchmark import interval, replace_file
 from overlay import KINDS, Marker, draw
 
 QUESTIONS = ("kind", "direction", "color", "shape")
 PLACED = 1000  # scenes whose patches are kept, to ask for position and ink
+DECAY = 1e-3  # of a probe's weights
 
 
 # -- what is seen, and what is true ----------------------------------------------------------------------------------
@@ -66,7 +68,7 @@ def marked_scene(i: int, split: str, seed: int, side: int, kinds: Sequence[str] 
     scene, (thing,), (marker,) = until_marked(lambda: sample_scene(generator, (side, side)), generator, 1, (kind,))
     ink = ink_of(marker, scene.size)
     truth = {"kind": KINDS.index(kind), "place": tuple(pixels.mean() / side for pixels in ink), "ink": ink,
-             "color": list(OBJECT_COLORS).index(thing.color), "shape": list(SHAPES).index(thing.shape)}  # fmt: skip
+             "color": list(OBJECT_COLORS).index(thing.color), "shape": list(SHAPES).index(thing.shape)}
     if kind == "arrow":
         (x0, y0), (x1, y1) = marker.points[0], marker.points[-1]  # from its tail to its tip
         truth["direction"] = round(math.atan2(y1 - y0, x1 - x0) / (math.pi / 4)) % 8
@@ -113,13 +115,13 @@ def _minimise(loss: Callable[[], torch.Tensor], parameters: list[torch.Tensor]) 
     optimizer.step(closure)
 
 
-def probe(x: torch.Tensor, y: torch.Tensor, test_x: torch.Tensor, test_y: torch.Tensor, decay: float = 1e-3) -> int:
+def probe(x: torch.Tensor, y: torch.Tensor, test_x: torch.Tensor, test_y: torch.Tensor) -> int:
     """How many of test_y (m,) a logistic regression gets right that learned y (n,) from x (n, D)."""
     mean, std = x.mean(dim=0), x.std(dim=0) + 1e-6
     x, test_x = (x - mean) / std, (test_x - mean) / std
     weight = torch.zeros(int(y.max()) + 1, x.size(1), requires_grad=True)
     bias = torch.zeros(len(weight), requires_grad=True)
-    _minimise(lambda: F.cross_entropy(F.linear(x, weight, bias), y) + decay * weight.square().sum(), [weight, bias])
+    _minimise(lambda: F.cross_entropy(F.linear(x, weight, bias), y) + DECAY * weight.square().sum(), [weight, bias])
     return int((F.linear(test_x, weight, bias).argmax(dim=1) == test_y).sum())
 
 
@@ -136,7 +138,7 @@ def place(x: torch.Tensor, y: torch.Tensor, test_x: torch.Tensor, test_y: torch.
     mean, std = x.mean(dim=(0, 1)), x.std(dim=(0, 1)) + 1e-6
     x, test_x = (x - mean) / std, (test_x - mean) / std
     weight = torch.zeros(x.size(2), requires_grad=True)
-    _minimise(lambda: F.cross_entropy(x @ weight, y) + 1e-3 * weight.square().sum(), [weight])
+    _minimise(lambda: F.cross_entropy(x @ weight, y) + DECAY * weight.square().sum(), [weight])
     found = (test_x @ weight).argmax(dim=1)
     return int(beside(found, test_y, grid).diagonal().sum())
 
@@ -162,7 +164,7 @@ def table(tower: CLIPVision, n: int, seed: int, side: int) -> dict[str, dict]:
     results["position"] = _row(counts, int(near.sum(dim=1).max()), len(test_places))
     (y, some), (test_y, others) = ((ink.flatten(), evenly(ink.flatten(), seed)) for ink in (inks, test_inks))
     counts = [probe(patches[k].flatten(0, 1)[some].float(), y[some], test_patches[k].flatten(0, 1)[others].float(), test_y[others])
-              for k in range(len(x))]  # fmt: skip
+              for k in range(len(x))]
     results["ink"] = _row(counts, len(others) // 2, len(others))
     return results
 
@@ -170,7 +172,7 @@ def table(tower: CLIPVision, n: int, seed: int, side: int) -> dict[str, dict]:
 def _row(counts: Sequence[int], chance: int, n: int) -> dict:
     percent = [[round(100 * value, 2) for value in (count / n, *interval(count, n))] for count in counts]
     return {"accuracy": [said[0] for said in percent], "interval": [said[1:] for said in percent],
-            "chance": round(100 * chance / n, 2), "n": n}  # fmt: skip
+            "chance": round(100 * chance / n, 2), "n": n}
 
 
 def main(argv: list[str]) -> None:
@@ -178,15 +180,12 @@ def main(argv: list[str]) -> None:
     whose = parser.add_mutually_exclusive_group()
     whose.add_argument("--model", default="tiny", help="whose image tower is probed: a name or folder (tiny)")
     whose.add_argument("--clip", help="instead, a CLIP: a name or folder")
-    parser.add_argument("-n", type=int, default=4000, help="scenes to learn from; half as many to test on (4000)")
-    parser.add_argument("--seed", type=int, default=0, help="0 or more (0)")
-    parser.add_argument("--side", type=int, default=224, help="of a scene, in pixels (224)")
+    parser.add_argument("-n", type=partial(at_least, 128), default=4000, help="scenes to learn from; half as many to test on (4000)")
+    parser.add_argument("--seed", type=partial(at_least, 0), default=0, help="0 or more (0)")
+    parser.add_argument("--side", type=partial(at_least, 32), default=224, help="of a scene, in pixels (224)")
     parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
     parser.add_argument("--out", type=Path, help="write the table as JSON, too")
     args = parser.parse_args(argv)
-    for flag, low in (("n", 128), ("seed", 0), ("side", 32)):
-        if getattr(args, flag) < low:
-            raise ValueError(f"{flag} is {getattr(args, flag)}; expected {low} or more")
     if args.out and not args.out.parent.is_dir():
         raise ValueError(f"can't write {args.out}, as there is no folder {args.out.parent}; expected one that exists")
     device = check_device(args.device)

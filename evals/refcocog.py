@@ -66,7 +66,7 @@ def write_coco(out: Path, lines: list[dict], truths: list[list[str]]) -> None:
     ids = [line["metadata"]["record"] for line in lines]
     captions = [{"image_id": k, "caption": text} for k, texts in zip(ids, truths) for text in texts]
     truth = {"info": {}, "licenses": [], "type": "captions", "images": [{"id": k} for k in ids],
-             "annotations": [{"id": i, **caption} for i, caption in enumerate(captions)]}  # fmt: skip
+             "annotations": [{"id": i, **caption} for i, caption in enumerate(captions)]}
     results = [{"image_id": k, "caption": line["text"]} for k, line in zip(ids, lines)]
     for name, said in (("annotations", truth), ("results", results)):
         replace_file(out / f"coco-{name}.json", json.dumps(said) + "\n")

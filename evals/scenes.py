@@ -11,11 +11,12 @@ Scene i is the same for everyone: it depends on the split, the seed and i alone,
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 import checkpoint
-from commandline import Parser, check_device, run
+from commandline import Parser, at_least, check_device, run
 from data import questions, scenes
 from data.batches import DRILLS, SCENES
 from data.records import Sample
@@ -29,9 +30,12 @@ TASKS = [name for name in SCENES if name not in LEFT_OUT and (name not in DRILLS
 
 
 def evaluate(model, tokenizer, n: int, *, source="markers", split="test", seed=0, side=224, unmarked=False, batch=50):
-    """Exact matches on scenes 0 … n - 1: name -> (right, seen). source: "markers" is one question about one marker, and
-    names are the kinds of marker; of another of SCENES the first question is asked, and its name stands alone (of one that
-    ends in STEPS, all in turn). And "all"."""
+    """Exact matches on scenes 0 … n - 1: name -> (right, seen), and "all". source is
+
+    "markers"            one question about one marker; names are the kinds of marker
+    another of SCENES    the first question of the task, whose name is the only one
+    one with STEPS       all questions of the task, each after the model's answers so far; the last counts
+    """
     right, seen, size = Counter(), Counter(), (side, side)
     for first in range(0, n, batch):
         group = range(first, min(first + batch, n))
@@ -51,7 +55,7 @@ def evaluate(model, tokenizer, n: int, *, source="markers", split="test", seed=0
 
 
 def sample_of(name: str, generator, size: tuple[int, int]) -> Sample:
-    """Of a task, or of a kind of marker."""
+    """A sample of a task, or of a kind of marker."""
     return questions.test_sample(generator, size, name) if name in KINDS else SCENES[name](generator, size)
 
 
@@ -71,17 +75,14 @@ def chance(n: int, split="test", seed=0, side=224) -> float:
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m evals.scenes", description="Exact answers about marked objects.")
     parser.add_argument("--model", default="tiny", help="a name or folder (tiny)")
-    parser.add_argument("-n", type=int, default=2000, help="scenes (2000)")
+    parser.add_argument("-n", type=partial(at_least, len(KINDS)), default=2000, help="scenes (2000)")
     parser.add_argument("--unmarked", action="store_true", help="ask about markers that are not drawn")
     parser.add_argument("--tasks", action="store_true", help="the other tasks of training, n questions each")
     parser.add_argument("--split", choices=scenes.SPLITS, default="test", help="which scenes (test)")
-    parser.add_argument("--seed", type=int, default=0, help="0 or more (0)")
-    parser.add_argument("--side", type=int, default=224, help="of a scene, in pixels (224)")
+    parser.add_argument("--seed", type=partial(at_least, 0), default=0, help="0 or more (0)")
+    parser.add_argument("--side", type=partial(at_least, 32), default=224, help="of a scene, in pixels (224)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     args = parser.parse_args(argv)
-    for flag, low in (("n", len(KINDS)), ("seed", 0), ("side", 32)):
-        if getattr(args, flag) < low:
-            raise ValueError(f"{flag} is {getattr(args, flag)}; expected {low} or more")
     model, tokenizer = checkpoint.load(args.model, check_device(args.device), torch.float32)
     where = {"split": args.split, "seed": args.seed, "side": args.side}
     if args.tasks:

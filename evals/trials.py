@@ -23,7 +23,7 @@ from contrast import Told, caption_of
 from data.records import Sample
 from data.scenes import Object, Scene, caption, describe, generator_for, render, sample_scene, until_marked
 from evals.variants import Lesson, lesson
-from overlay import KINDS, RELEASED, Marker, Region, draw, make_marker, phrase, sample_marker, scale_of
+from overlay import KINDS, RELEASED, Marker, draw, make_marker, phrase, sample_marker, scale_of
 
 LINES = ("rectangle", "ellipse", "triangle", "scribble", "arrow")  # kinds whose line has a width
 
@@ -42,8 +42,8 @@ def trial(scene: Scene, thing: Object, marker: Marker, image: Image.Image | None
 
 def one_marked(generator, size, kinds=KINDS, accept=lambda scene, thing, marker: True, n=None, distribution=RELEASED):
     """A scene of n objects (2 to 6 unless told), one of them, and its marker, such that accept(scene, thing, marker)."""
-    draw_scene = lambda: sample_scene(generator, size, n or int(generator.integers(2, 7)))  # noqa: E731
-    fits = lambda scene, things, markers: accept(scene, *things, *markers)  # noqa: E731
+    draw_scene = lambda: sample_scene(generator, size, n or int(generator.integers(2, 7)))
+    fits = lambda scene, things, markers: accept(scene, *things, *markers)
     scene, (thing,), (marker,) = until_marked(draw_scene, generator, 1, kinds, distribution, fits)
     return scene, thing, marker
 
@@ -74,7 +74,7 @@ def across(scene: Scene, thing: Object) -> float:
 BAND = (3, 5)  # pixels at 336, as in overlay.Distribution
 NARROW = replace(RELEASED, rectangle_width=BAND, ellipse_width=BAND, triangle_width=BAND, scribble_width=BAND,
                  arrow_width=BAND, alpha=(0.6, 0.8), mask_alpha=(0.35, 0.45), named_color=0.0, ellipse_scale=(1.0, 1.2),
-                 arrow_wobbly=0.0, arrow_angle=(0, 180))  # fmt: skip
+                 arrow_wobbly=0.0, arrow_angle=(0, 180))
 LEARNED = tuple(kind for kind in KINDS if kind != "triangle")
 HUES, PLACES = (0, 240), (0, 67)
 
@@ -149,7 +149,9 @@ def _by_hand(generator, size, value) -> Trial:
 
 
 def _placed(generator, size, value) -> Trial:
-    near = lambda scene, thing, marker: abs(across(scene, thing) - value) < 7.5 and HUES[0] <= hue(marker) <= HUES[1]  # noqa: E731
+    def near(scene, thing, marker):
+        return abs(across(scene, thing) - value) < 7.5 and HUES[0] <= hue(marker) <= HUES[1]
+
     return trial(*_learned(generator, size, accept=near))
 
 
@@ -195,7 +197,7 @@ def _erased(generator, size, level) -> Trial:
 
 def _own_color(generator, size, level) -> Trial:
     """The marker's color, `level` percent of the way from its own to its object's."""
-    scene, thing, marker = one_marked(generator, size, ("rectangle", "ellipse", "triangle", "scribble", "arrow"))
+    scene, thing, marker = one_marked(generator, size, LINES)
     color = tuple(round(a + (b - a) * level / 100) for a, b in zip(marker.color, thing.rgb))
     altered = replace(marker, color=color)
     return trial(scene, thing, marker, draw(render(scene), [altered]))
@@ -244,7 +246,7 @@ def _overlapping(generator, size, level) -> Trial:
     scene, things, markers = until_marked(
         lambda: sample_scene(generator, size, int(generator.integers(2, 7))), generator, 2,
         ("rectangle", "arrow", "scribble", "point", "ellipse"),
-        accept=lambda scene, things, markers: markers[1].kind == "ellipse" != markers[0].kind)  # fmt: skip
+        accept=lambda scene, things, markers: markers[1].kind == "ellipse" != markers[0].kind)
     (x, y), (to_x, to_y) = (thing.center for thing in reversed(things))
     dx, dy = level / 100 * (to_x - x), level / 100 * (to_y - y)
     other = replace(markers[1], points=tuple((px + dx, py + dy) for px, py in markers[1].points))
@@ -255,8 +257,7 @@ def _disagreeing(generator, size, level) -> Trial:
     """`level` more markers with the same words on as many other objects; only the first one's object counts."""
     scene, thing, marker = one_marked(generator, size, ("rectangle", "ellipse", "arrow", "point"), n=4)
     others = [other for other in scene.objects if other is not thing][:level]
-    more = [sample_marker(Region(box=other.box, polygons=(other.polygon,)), size, generator, marker.kind, marker.color)
-            for other in others]  # fmt: skip
+    more = [sample_marker(other.region, size, generator, marker.kind, marker.color) for other in others]
     return trial(scene, thing, marker, draw(render(scene), [marker, *more]))
 
 
@@ -315,9 +316,9 @@ def zero_shot(model, tokenize, n: int, size) -> list[float]:
     for i in range(n):
         generator = generator_for("test", 0, i)
         scene, thing, marker = one_marked(generator, size, (KINDS[i % len(KINDS)],))
-        region, said = Region(box=thing.box, polygons=(thing.polygon,)), []
+        said = []
         for kind in KINDS:
-            other = marker if kind == marker.kind else sample_marker(region, size, generator, kind, marker.color)
+            other = marker if kind == marker.kind else sample_marker(thing.region, size, generator, kind, marker.color)
             said.append(caption_of(scene, [Told(thing, other)]))
         pixels = preprocess(draw(render(scene), [marker]), model.vision_model.config.image_size)[None].to(device)
         logits = model(pixels, tokenize(said).to(device))

@@ -90,8 +90,8 @@ def exercise(generator: np.random.Generator, size: tuple[int, int], kind: str, *
 
 
 class States:
-    """A file with the tower's hidden states for pictures 0 … n - 1, all depths; it is made once, and a cut one is gone
-    on with."""
+    """A file with the tower's hidden states for pictures 0 … n - 1, all depths. It is made once;
+    where a run was cut, the file is completed."""
 
     def __init__(self, path: Path, tower, pictures: Callable[[int], Image.Image], n: int, batch: int = 64):
         config = tower.config
@@ -199,7 +199,7 @@ def teach(model: ViPLLaVA, lessons: Lessons, course: Course, seed: int, out: Pat
     """Train projector and language model; a run that was cut goes on, one that is over is loaded. out: a folder named after
     what is trained."""
     recipe = Recipe(data=out.name, train="language", steps=course.steps, batch=course.batch, lr=course.lr,
-                    projector_lr=course.projector_lr, seed=seed)  # fmt: skip
+                    projector_lr=course.projector_lr, seed=seed)
     train.freeze(model, recipe, torch.float32)
     if course.compile:
         for block in model.llama.layers:

@@ -38,7 +38,7 @@ PUBLISHED = {  # by GPT-4: the six capabilities, and all
              "llama3": "all 45.4", "phi3": "all 49.0", "GPT-4V": "all 55.9"},
     "human": {"7b": "56.7 21.2 47.1 12.3 50.4 36.2, all 48.3", "13b": "55.4 26.9 49.3 15.5 48.6 41.9, all 48.2",
               "llama3": "all 45.0", "phi3": "all 48.2", "GPT-4V": "all 53.3"},
-}  # fmt: skip
+}
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def read_truths(path: Path) -> dict[str, dict]:
         good = isinstance(truth, dict) and isinstance(truth.get("answer"), str) and truth.get("capability")
         if not good or set(truth["capability"]) - CAPABILITIES.keys():
             raise ValueError(f"{path}: {name} is {str(truth)[:60]}; expected an answer and capabilities "
-                             f"({', '.join(CAPABILITIES)})")  # fmt: skip
+                             f"({', '.join(CAPABILITIES)})")
     return truths
 
 
@@ -77,7 +77,7 @@ def read_results(path: Path, names: Sequence[str]) -> dict[str, str]:
     wrong = sorted(results.keys() ^ set(names))
     if wrong:
         raise ValueError(f"{path} has {len(results)} answers; expected {len(names)}, as the benchmark has: {wrong[0]} "
-                         f"and {len(wrong) - 1} more are in one of them only")  # fmt: skip
+                         f"and {len(wrong) - 1} more are in one of them only")
     return results
 
 
@@ -129,7 +129,7 @@ def judged(judge: Judge, questions: dict, truths: dict, answers: dict, runs: int
     none = [(name, grade) for (name, _), grade in zip(tasks, found) if isinstance(grade, NoGrade)]
     if none:
         raise ValueError(f"the judge gave {len(none)} of {len(tasks)} answers no grade, {none[0][0]} first: "
-                         f"{none[0][1]}; the others are kept: the same command asks for these again")  # fmt: skip
+                         f"{none[0][1]}; the others are kept: the same command asks for these again")
     grades = iter(found)
     return [{name: next(grades) for name in truths} for _ in range(runs)]
 

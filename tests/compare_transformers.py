@@ -71,7 +71,7 @@ def compare(what, ours: ViPLLaVA, theirs, tok):
     assert theirs.generation_config.suppress_tokens in (None, silent)  # `save` wrote it
     theirs.generation_config.update(suppress_tokens=silent, eos_token_id=None)
     same = theirs.generate(input_ids=theirs_ids[:1], pixel_values=pixels[:1], attention_mask=rows[:1] * 0 + 1,
-                           max_new_tokens=20, do_sample=False)[0, rows.size(1) :].tolist()  # fmt: skip
+                           max_new_tokens=20, do_sample=False)[0, rows.size(1) :].tolist()
     assert answer == same, (answer, same)
     with torch.no_grad():
         ours.projector.layernorm.weight[0] *= 2
@@ -102,15 +102,15 @@ def ours_to_theirs(tmp):
 def theirs_to_ours(tmp):
     tok = tokenizer()
     vision = dict(image_size=28, patch_size=7, hidden_size=24, num_hidden_layers=12, num_attention_heads=3,
-                  intermediate_size=40)  # fmt: skip
+                  intermediate_size=40)
     text = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
                 intermediate_size=56, vocab_size=tok.vocab_size + 7, max_position_embeddings=512,
-                rope_theta=5e3)  # fmt: skip
+                rope_theta=5e3)
     for layers in ([-2, -5, -8, -11, 6], [-3], -3):
         config = transformers.VipLlavaConfig(
             vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**text),
             image_token_index=tok.vocab_size, vision_feature_layer=layers,
-        )  # fmt: skip
+        )
         theirs = randomize(transformers.VipLlavaForConditionalGeneration(config))
         folder = tmp / "theirs"
         shutil.rmtree(folder, ignore_errors=True)
@@ -120,7 +120,7 @@ def theirs_to_ours(tmp):
         memory = {name: x.contiguous() for name, x in theirs.state_dict().items()}
         assert any(n.startswith("vision_tower.embeddings") for n in saved) or print("   the saved spelling changed")
         hub = {n.replace("vision_tower.", "vision_tower.vision_model.", 1) if "vision_tower.v" not in n else n: x
-               for n, x in saved.items()}  # fmt: skip
+               for n, x in saved.items()}
         for what, tensors in (("as saved", saved), ("hub", hub), ("in memory", memory)):
             save_file(tensors, folder / "model.safetensors")
             ours, _ = checkpoint.load(folder, "cpu", torch.float32)
@@ -149,7 +149,7 @@ def clip_towers(tmp):
         vision_config=dict(image_size=28, patch_size=7, hidden_size=24, num_hidden_layers=5, num_attention_heads=3,
                            intermediate_size=40, projection_dim=20),
         projection_dim=20,
-    )  # fmt: skip
+    )
     theirs, folder = randomize(transformers.CLIPModel(config)), tmp / "clip"
     theirs.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(vocab))
@@ -182,9 +182,9 @@ def parts(tmp, clip):
     """Vicuna's kind, Llama-3's and Phi-3's: the language model of load_parts against transformers'."""
     tok = tokenizer()
     sizes = dict(vocab_size=tok.vocab_size, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
-                 num_key_value_heads=2, intermediate_size=56, pad_token_id=0)  # fmt: skip
+                 num_key_value_heads=2, intermediate_size=56, pad_token_id=0)
     kinds = ((transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
-             (transformers.Phi3Config, transformers.Phi3ForCausalLM, {"sliding_window": 9}))  # fmt: skip
+             (transformers.Phi3Config, transformers.Phi3ForCausalLM, {"sliding_window": 9}))
     for config, kind, more in kinds:
         theirs, folder = randomize(kind(config(**sizes, **more))), tmp / kind.__name__
         theirs.save_pretrained(folder)

@@ -135,7 +135,7 @@ def main(argv: list[str]) -> None:
     rows = {
         "captions": [[[raw, *more], texts, score] for (raw, more), texts, score in zip(items, tokens, scores)],
         "few": [few[k] for k in FEW], "normalised": normalised, "exact": pairs,
-    }  # fmt: skip
+    }
     blocks = (f'"{name}":[\n' + ",\n".join(json.dumps(row, separators=(",", ":")) for row in block) + "\n]"
               for name, block in rows.items())
     path = ROOT / "tests" / "golden" / "scorers.json"

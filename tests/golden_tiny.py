@@ -40,7 +40,7 @@ def train() -> None:
     micro = collate([data[j] for j in range(4)])
     real = torch.arange(micro.ids.size(1)) < torch.tensor([[len(data[j].ids)] for j in range(4)])
     batch = {"input_ids": micro.ids.masked_fill(micro.ids == IMAGE, model.config.image_token_id), "labels": micro.labels,
-             "pixel_values": micro.pixels, "attention_mask": real.long()}  # fmt: skip
+             "pixel_values": micro.pixels, "attention_mask": real.long()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0)
     losses = []
     for _ in range(cases.TRAINING_STEPS):

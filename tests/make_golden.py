@@ -37,7 +37,7 @@ def clip_tower(c: dict) -> dict:
     return dict(
         hidden_size=c["width"], num_hidden_layers=c["layers"], num_attention_heads=c["heads"],
         intermediate_size=c["mlp"], layer_norm_eps=c["eps"], hidden_act="quick_gelu",
-    )  # fmt: skip
+    )
 
 
 def vision_config(c: dict) -> dict:
@@ -51,7 +51,7 @@ def llama_config(c: dict) -> dict:
         max_position_embeddings=c["context"], rms_norm_eps=c["eps"], bos_token_id=None, eos_token_id=None,
         pad_token_id=None, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": c["rope_theta"]},
-    )  # fmt: skip
+    )
 
 
 RENAMES = (  # regular expressions on their names, in memory
@@ -116,7 +116,7 @@ def make_clip() -> dict:
                 eos_token_id=t["vocab_size"] - 1, bos_token_id=None, pad_token_id=None,
             ),
             projection_dim=case["projection"], attn_implementation="eager",
-        )  # fmt: skip
+        )
         model = fill(CLIPModel(config), case["seed"])
         pixels = cases.random_pixels(case["images"], v["image_size"], case["seed"])
         result = model(input_ids=cases.contrastive_ids(case), pixel_values=pixels)
@@ -143,7 +143,7 @@ def make_llama() -> dict:
             config = Phi3Config(
                 **llama_config(c), sliding_window=c["window"], original_max_position_embeddings=c["context"],
                 attn_implementation="eager",
-            )  # fmt: skip
+            )
             model = fill(Phi3ForCausalLM(config), case["seed"])
         else:
             model = fill(LlamaForCausalLM(LlamaConfig(**llama_config(c), attn_implementation="eager")), case["seed"])
@@ -163,7 +163,7 @@ def cached(model, ids, mask, prefill: int) -> torch.Tensor:
         result = model(
             input_ids=ids[:, begin:end], attention_mask=mask[:, :end], position_ids=positions, past_key_values=cache,
             use_cache=True,
-        )  # fmt: skip
+        )
         cache = result.past_key_values
         logits.append(result.logits[:, -1])
     return torch.stack(logits, dim=1)
@@ -184,7 +184,7 @@ def vipllava(case: dict):
         text_config=dict(llama_config(case["text"]), model_type="llama"),
         image_token_index=case["image_token_id"], projector_layernorm_eps=1e-5, projector_hidden_act="gelu",
         vision_feature_layer=layers[0] if len(layers) == 1 else list(layers), attn_implementation="eager",
-    )  # fmt: skip
+    )
     return fill(VipLlavaForConditionalGeneration(config), case["seed"], whole=True)
 
 
@@ -214,7 +214,7 @@ def greedy(model, ids: torch.Tensor, images: dict, case: dict) -> tuple[torch.Te
     result = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), **images, max_new_tokens=cases.NEW_TOKENS,
         do_sample=False, suppress_tokens=untrained, pad_token_id=0, return_dict_in_generate=True, output_scores=True,
-    )  # fmt: skip
+    )
     scores = torch.cat(result.scores)  # (32, V)
     first, second = scores.topk(2).values.T
     tokens = result.sequences[0, ids.size(1) :]
@@ -299,7 +299,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cases.GOLDEN.mkdir(exist_ok=True)
     makers = {"clip": make_clip, "llama": make_llama, "vipllava": make_vipllava, "training": make_training,
-              "preprocess": make_preprocess}  # fmt: skip
+              "preprocess": make_preprocess}
     for name, make in makers.items():
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue

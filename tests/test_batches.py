@@ -114,7 +114,7 @@ def test_the_samples_of_a_step_do_not_depend_on_who_takes_them(small, world, mic
     """Guards against a curve that changes with the number of processes, micro-batches or workers."""
     whole = names(batches(examples(small), 4, 0, 0, 10))
     shares = [list(batches(examples(small), 4, 0, 0, 10, micro=micro, rank=rank, world=world, workers=workers))
-              for rank in range(world)]  # fmt: skip
+              for rank in range(world)]
     for step in range(10):
         micros = [micro for share in shares for micro in share[step][0]]
         assert sorted(n for m in micros for n in m.names) == sorted(whole[step])

@@ -62,7 +62,7 @@ def test_kernels(capsys):
 
 def test_other_tokens_are_told():
     """Guards against a race between two that say different things."""
-    answers = lambda *said: {"answers": [(0.1, 0.1, list(tokens)) for tokens in said]}  # noqa: E731
+    answers = lambda *said: {"answers": [(0.1, 0.1, list(tokens)) for tokens in said]}
     same = {"ours bfloat16": answers("ab", "ab"), "transformers bfloat16": answers("ac"), "ours float32": answers("ab")}
     assert speed.differing(same) == [] and speed.differing(same | {"transformers float32": answers("ab")}) == []
     assert "expected the same in 32 bits" in speed.differing(same | {"transformers float32": answers("ac")})[0]

@@ -220,10 +220,11 @@ def test_answers_beside_bad_records_keep_their_settings(world, tmp_path, monkeyp
 
 @pytest.mark.parametrize("name", EVALUATORS)
 @pytest.mark.parametrize("flags, words", [
-    (["--seed", "-1"], "seed is -1; expected 0 or more"), (["--batch", "0"], "batch is 0"), (["--processes", "0"], "processes is 0"),
+    (["--seed", "-1"], "--seed: -1 came; expected 0 or more"), (["--batch", "0"], "--batch: 0 came"),
+    (["--processes", "0"], "--processes: 0 came"),
     (["--images", "/nosuch"], "no folder /nosuch"), (["--device", "abacus"], "no device 'abacus'"),
-    (["--model", "nosuch"], "no model 'nosuch'"), (["--data", "nosuch"], "no file nosuch"), (["--batch", "x"], "invalid int value"),
-])  # fmt: skip
+    (["--model", "nosuch"], "no model 'nosuch'"), (["--data", "nosuch"], "no file nosuch"), (["--batch", "x"], "'x' came; expected a whole number"),
+])
 def test_a_mistake_is_one_line(name, flags, words, world, tmp_path, capsys):
     """Guards against tracebacks, usage pages, and folders that are made before the mistake is found."""
     if name == "vipbench" and flags[0] == "--images":
@@ -416,7 +417,7 @@ def test_rows_go_by_tags():
     lines.append({"metadata": {"record": 3, "where": "line 9", "error": "no image"}})
     table = rows(lines, [True, False, True, False])
     assert {name: (said["score"], said["n"]) for name, said in table.items()} == {
-        "all": (50, 4), "region large": (100, 1), "region small": (50, 2)}  # fmt: skip
+        "all": (50, 4), "region large": (100, 1), "region small": (50, 2)}
 
 
 def test_intervals_of_means():

@@ -29,10 +29,10 @@ TEXT = LlamaConfig(width=32, layers=5, heads=8, kv_heads=2, mlp=56, context=128,
 TOKENIZER = Tokenizer.train(["the red arrow points to a blue box"] * 3, 301)
 VOCAB = TOKENIZER.vocab_size
 VISION_JSON = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 11, "num_attention_heads": 3,
-               "image_size": 21, "patch_size": 7}  # fmt: skip
+               "image_size": 21, "patch_size": 7}
 TEXT_JSON = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 5, "num_attention_heads": 8,
              "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-4, "rope_theta": 5e3,
-             "vocab_size": VOCAB}  # fmt: skip
+             "vocab_size": VOCAB}
 
 
 def make(**more) -> ViPLLaVA:
@@ -95,7 +95,7 @@ def official(hub: str) -> str:
     for old, new in (("vision_tower.", "model.vision_tower.vision_tower."), ("language_model.", ""),
                      ("multi_modal_projector.projector_layernorm", "model.mm_projector.clip_layernorm"),
                      ("multi_modal_projector.linear_1", "model.mm_projector.final_linear.0"),
-                     ("multi_modal_projector.linear_2", "model.mm_projector.final_linear.2")):  # fmt: skip
+                     ("multi_modal_projector.linear_2", "model.mm_projector.final_linear.2")):
         hub = hub.replace(old, new)
     return hub
 
@@ -105,7 +105,7 @@ def in_memory_4(hub: str) -> str:
 
 
 SPELLINGS = {"hub": str, "transformers 5": new_style, "in memory": in_memory, "in memory, 4.x": in_memory_4,
-             "official": official}  # fmt: skip
+             "official": official}
 
 
 def test_names(model):
@@ -161,7 +161,7 @@ def write_clip(folder: Path, model) -> Path:
     clip = CLIP(VISION, text, projection=20)
     clip.vision_model.load_state_dict(model.vision.state_dict())
     text_json = {"vocab_size": 99, "max_position_embeddings": 17, "hidden_size": 36, "num_hidden_layers": 2,
-                 "num_attention_heads": 6, "intermediate_size": 52}  # fmt: skip
+                 "num_attention_heads": 6, "intermediate_size": 52}
     config = {"model_type": "clip", "vision_config": VISION_JSON, "text_config": text_json, "projection_dim": 20}
     tensors = {}
     for name, x in clip.state_dict().items():
@@ -283,7 +283,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path, model):
     assert gone.shape == (56, 32)
     assert fails(write(tmp_path, HF, tensors), "llama.layers.2.mlp.up_proj.weight [56, 32] is missing",
                  "llama.layers.2.mlp.bias [3, 4] is unexpected",
-                 "vision.post_layernorm.bias is [25] in the file, [24] by the config")  # fmt: skip
+                 "vision.post_layernorm.bias is [25] in the file, [24] by the config")
     shorter = {name: x for name, x in tensors.items() if "layers" not in name}
     assert fails(write(tmp_path, HF, shorter), "more")
 
@@ -412,7 +412,7 @@ def test_an_unknown_number_of_layers_is_refused(tmp_path):
     (None, {"text_config": []}, ("text_config []", "object")),
     (None, {"image_token_index": "<image>"}, ("image_token_index '<image>'",)),
     (None, {"vision_feature_layer": "deep"}, ("deep",)),
-])  # fmt: skip
+])
 def test_what_is_not_built_here_is_refused(tmp_path, model, part, change, words):
     """Guards against: weights of another network that load because the shapes agree, and answer nonsense."""
     config = {**HF, **change} if part is None else {**HF, part: {**HF[part], **change}}
@@ -583,7 +583,7 @@ def test_default_dtype():
     ({"dtype": torch.int8}, "dtype is torch.int8; expected torch.float32"),
     ({"device": "gpu"}, "no device 'gpu' here; expected cpu"),
     ({"device": "cuda:99"}, "no device 'cuda:99' here; expected cpu"),
-])  # fmt: skip
+])
 def test_what_no_model_can_be_loaded_as_is_refused(tmp_path, model, options, words):
     """Guards against: weights rounded to whole numbers, and errors of PyTorch's about a device or dtype."""
     with pytest.raises(ValueError, match=words):
@@ -605,7 +605,7 @@ print((peak() - before) / sum(p.nbytes for p in model.state_dict().values()))
 @pytest.mark.parametrize("kind, source, target, quantize", [
     ("safetensors", "float16", "float32", ""), ("safetensors", "float16", "float16", ""), ("bin", "float32", "bfloat16", ""),
     ("safetensors", "bfloat16", "bfloat16", "int8"),
-])  # fmt: skip
+])
 def test_peak_memory(tmp_path, model, kind, source, target, quantize):
     """Guards against: a second copy of the weights on the way in. Pages of a mapped file count too: converting a
     whole shard from them would give 1.5 to 3, and so would 16 bits that stay while 8 are made of them. (ru_maxrss would

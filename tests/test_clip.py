@@ -226,7 +226,7 @@ def test_squeeze_ignores_the_aspect_ratio():
 @pytest.mark.parametrize("image, size, mode, words", [
     ("RGB", 8, "fit", "unknown mode 'fit'; expected"), ("L", 8, "pad", "RGB"),
     ("RGB", 0, "pad", "the size 0; expected 1 pixel or more"),
-])  # fmt: skip
+])
 def test_preprocess_refuses(image, size, mode, words):
     """Guards against: a typing error in the mode read as another mode, a grey image with a shape that is not ours."""
     with pytest.raises(ValueError, match=words):
@@ -512,7 +512,7 @@ def test_an_open_image_stays_usable(tmp_path):
 
 @pytest.mark.parametrize("size, mode, fine", [((1, 20_000), "pad", False), ((1, 11_000), "pad", True),
                                               ((20_000, 1), "pad", True), ((20_000, 1), "squeeze", True),
-                                              ((20_000, 1), "crop", False)])  # fmt: skip
+                                              ((20_000, 1), "crop", False)])
 def test_an_image_too_long_and_thin_is_refused(size, mode, fine, monkeypatch):
     """Guards against an image of a few pixels that takes 30 GB to pad, and half a minute to crop."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 90_000_000)

@@ -72,7 +72,7 @@ def test_nobody_reads_on():
 @pytest.mark.parametrize("closed, body, status", [
     ("<&-", "print(sys.stdin.read())", 0), (">&-", "print(1)", 0), ("2>&-", "open('nosuch')", 2),
     ("<&- >&- 2>&-", "print(sys.stdin.read())", 0),
-])  # fmt: skip
+])
 def test_a_stream_that_is_closed_is_empty(closed, body, status):
     """Guards against a traceback where there is no stream, and an error's line on stdout, among the answers."""
     code = f"import sys; from commandline import run; sys.exit(run(lambda argv: {body}))"

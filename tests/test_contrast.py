@@ -232,7 +232,7 @@ def test_held_out_counts(tokenize):
     (["--micro", "2"], "--micro came with contrast"), (["--steps", "0"], "0 steps"), (["--compile"], "--compile came"),
     (["--parallel", "fsdp"], "expected ddp"),
     (["--model", "tiny"], "says model_type 'vipllava'; expected clip"),
-])  # fmt: skip
+])
 def test_a_mistake_is_one_line(flags, words, tmp_path, capsys):
     assert run(main, ["tiny-clip", "--out", str(tmp_path / "run"), *FLAGS, *flags]) == 2
     out, err = capsys.readouterr()

@@ -39,7 +39,7 @@ def test_every_task_of_training_is_asked_and_counted(monkeypatch, capsys):
     assert [line.split()[0] for line in lines] == list(scenes_eval.TASKS) and len(asked) == 20 * len(lines)
     spelled = {f"{name}-spelled" for name in ("v7w", "vcr-choice")}
     drilled = {"signs", "vip-math-steps", *spelled, *(f"vip-{name}" for name in benchmarks.CAPABILITIES)}
-    assert {"captions", "marked", *benchmarks.KINDS, "vcr-choice", *drilled} == set(scenes_eval.TASKS)
+    assert {"captions", "marked", *benchmarks.OFFICIAL, "vcr-choice", *drilled} == set(scenes_eval.TASKS)
     for k, line in enumerate(lines):
         answers = Counter(turn.answer for turn in asked[20 * k : 20 * k + 20])
         assert f"({answers['A']} of 20)" in line and line.endswith(f"{max(answers.values()) / 20:5.1%}")
@@ -92,10 +92,11 @@ def test_interval(right, seen, low, high):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["-n", "7"], "n is 7; expected 8 or more"), (["--seed", "-1"], "seed is -1"), (["--side", "8"], "side is 8"),
+    (["-n", "7"], "argument -n: 7 came; expected 8 or more"), (["--seed", "-1"], "--seed: -1 came; expected 0 or more"),
+    (["--side", "8"], "--side: 8 came; expected 32 or more"),
     (["--split", "dev"], "invalid choice: 'dev'"), (["--device", "abacus"], "no device 'abacus'"),
     (["--model", "nosuch"], "no model 'nosuch'"),
-])  # fmt: skip
+])
 def test_a_mistake_is_one_line(flags, words, capsys):
     """Guards against tracebacks and usage pages."""
     assert run(scenes_eval.main, flags) == 2

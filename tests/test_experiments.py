@@ -16,9 +16,9 @@ from clip import VisionConfig, preprocess
 from commandline import run
 from data.scenes import generator_for, render
 from evals import experiments, figures, trials
-from evals.experiments import Lab, Plan, main, row
+from evals.experiments import Lab, Budget, main, row
 from evals.variants import (Course, Lessons, States, Stored, Variant, by_coordinates, examine, exercise, lesson,
-                            start, teach)  # fmt: skip
+                            start, teach)
 from llama import LlamaConfig
 from overlay import KINDS, draw, phrase
 from recipe import Recipe
@@ -214,11 +214,11 @@ def test_intervals_are_student_s_over_seeds_and_wilson_s_of_one():
     assert (shares["low"], shares["high"]) == (50, 50)
 
 
-PLAN = Plan(lessons=6, steps=2, exercises=16, seeds=2, probed=128, clip_steps=1)
+BUDGET = Budget(lessons=6, steps=2, exercises=16, seeds=2, probed=128, clip_steps=1)
 
 
 def lab(small, out):
-    return Lab(*small, PLAN, out, 64)
+    return Lab(*small, BUDGET, out, 64)
 
 
 def test_every_variant_of_overlay_has_rows_and_nothing_is_done_twice(small, tmp_path, monkeypatch):
@@ -261,17 +261,17 @@ def test_a_command_writes_results_and_refuses_other_flags(small, tmp_path, capsy
     assert "rectangle" in out and "pip install -r requirements-figures.txt" in err
     assert run(main, ["kinds", *command, str(tmp_path / "out"), "--seeds", "2"]) == 0  # more seeds may come later
     assert run(main, ["kinds", *command, str(tmp_path / "out"), "--steps", "5"]) == 2
-    assert "speaks of another model or plan (steps 600, now 5); expected" in capsys.readouterr().err
+    assert "speaks of another model or budget (steps 600, now 5); expected" in capsys.readouterr().err
     torch.nn.init.normal_(small[0].llama.norm.weight)
     checkpoint.save(*small, tmp_path / "model")  # trained anew under its name
     assert run(main, ["kinds", *command, str(tmp_path / "out")]) == 2
-    assert "speaks of another model or plan (weights " in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert "speaks of another model or budget (weights " in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags, words", [
     (["nothing"], "invalid choice"), (["kinds", "--seeds", "99"], "at most 10 seeds"), (["kinds", "--lessons", "0"], "expected 1 or more"),
     (["kinds", "--exercises", "3"], "no less than 16 exercises"), (["kinds", "--model", "nowhere"], "nowhere"),
-])  # fmt: skip
+])
 def test_a_mistake_is_one_line(flags, words, tmp_path, capsys):
     assert run(main, [*flags, "--out", str(tmp_path / "out")]) == 2
     assert words in (err := capsys.readouterr().err) and err.count("\n") == 1 and not (tmp_path / "out").exists()
@@ -304,7 +304,7 @@ def test_other_files_are_no_results(text, tmp_path, capsys):
 def test_tables_have_a_line_a_series(tmp_path, capsys):
     """Guards against numbers under another value's name."""
     rows = [row(series, x, [[1.0] * right + [0.0] * (10 - right)], 0.1) for series, x, right in
-            (("a", "p", 5), ("a", "q", 9), ("b", "p", 2), ("b", "q", 0))]  # fmt: skip
+            (("a", "p", 5), ("a", "q", 9), ("b", "p", 2), ("b", "q", 0))]
     (tmp_path / "r.json").write_text(json.dumps({"rows": rows}))
     assert run(figures.main, ["--markdown", str(tmp_path / "r.json")]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -15,7 +15,7 @@ from conftest import with_compiler
 import quant
 from chat import IMAGE
 from generate import (Memory, QuarteredLinear, Replayed, common, compile_steps, delayed, generate, kept_in, replayed_decode,
-                      replayed_prefill)  # fmt: skip
+                      replayed_prefill)
 from test_vipllava import CONFIG, PROMPTS, inputs_of, model_of, small
 from vipllava import ViPLLaVA, expand
 
@@ -240,7 +240,7 @@ def test_a_chat_with_a_memory_says_the_same_and_computes_only_what_is_new(seed, 
         (0, [9, 10], (0, 1 + 2 + 7)),  # that one, and the question
         (1, [11], (1, 12 + 8 + 2 + 8 + 1 + 7)),  # another image: all of it anew
         (1, [12, 13, 14], (0, 1 + 3 + 7)),
-    ]):  # fmt: skip
+    ]):
         chat += question
         given = pixels[image : image + 1]
         (answer,) = answers(model, [chat], given, max_new_tokens=8, memory=memory)
@@ -345,7 +345,7 @@ def test_what_is_no_request_is_refused():
     """Guards against pixels of 0 to 255 that are taken for normalised ones, and tracebacks for tensors of ids."""
     model, pixels = small(1)
     for prompts, images, words in ((PROMPTS[:1], pixels[:1].to(torch.uint8), "pixels are torch.uint8"), (PROMPTS[:1], [1], "pixels are list"),
-                                   (torch.tensor([[1, 2]]), None, "expected a list of lists"), ([1, 2], None, "expected a list of lists")):  # fmt: skip
+                                   (torch.tensor([[1, 2]]), None, "expected a list of lists"), ([1, 2], None, "expected a list of lists")):
         with pytest.raises(ValueError, match=words):
             next(generate(model, prompts, images, max_new_tokens=1))
 
@@ -524,7 +524,7 @@ def test_a_prompt_that_is_filled_up_says_the_same(monkeypatch):
     def record(self, pool, x, *rest):
         recorded.append(rest[1])
         kept, y = x.clone(), torch.empty_like(x)
-        replay = lambda: y.copy_(self.function(kept, *rest))  # noqa: E731
+        replay = lambda: y.copy_(self.function(kept, *rest))
         return types.SimpleNamespace(replay=replay, pool=lambda: None), kept, y
 
     def run() -> list:

@@ -32,7 +32,7 @@ def test_find(tmp_path, monkeypatch):
 def test_download_takes_one_kind_of_weights(tmp_path, monkeypatch):
     """Guards against: 14 GB fetched twice, as safetensors and as .bin, or a repository's code."""
     repos = {"a/safe": ["config.json", "model.safetensors", "pytorch_model.bin", "run.py", "onnx/model.safetensors"],
-             "a/bin": ["config.json", "tokenizer.model", "pytorch_model.bin", "mm_projector.bin"]}  # fmt: skip
+             "a/bin": ["config.json", "tokenizer.model", "pytorch_model.bin", "mm_projector.bin"]}
     taken = set()
 
     def snapshot_download(repo, allow_patterns, ignore_patterns):
@@ -58,7 +58,7 @@ class ProxyError(Exception):
 @pytest.mark.parametrize("error", [
     LocalEntryNotFoundError("no route to host\nAn error happened\nmore"), OfflineModeIsEnabled("offline"),
     ProxyError("403 Forbidden"), RuntimeError("Data processing error"), OSError(28, "No space left on device"),
-])  # fmt: skip
+])
 def test_no_network(monkeypatch, error):
     """Guards against: a traceback where a person needs to hear what to fetch and where to put it."""
 

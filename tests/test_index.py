@@ -65,7 +65,7 @@ def test_where_a_record_stands(tmp_path):
     ('[{"x": ' + "[" * 100_000, "line 1: a record nested too deeply"), ("", "begins with b''"),
     ("text", "begins with b't'"), ("\ufeff[]", "without a byte order mark"), ('[{"a": 1},]', "']'; expected an object of"),
     ('{\n "a": 1\n}', "begins with an object over several lines; expected .* around"),
-])  # fmt: skip
+])
 def test_a_damaged_file_is_refused(tmp_path, text, words):
     """Guards against an array of which only the first half is read, in silence."""
     (tmp_path / "a.json").write_text(text)

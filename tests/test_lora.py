@@ -110,7 +110,7 @@ def test_saved_loaded_and_merged(base, tmp_path, capsys):
     whole = (base / "model.safetensors").stat().st_size
     assert (tmp_path / "mine" / lora.FILE).stat().st_size < whole / 2
     assert lora.about(tmp_path / "mine") == {"base": str(base), "digest": lora.digest(load(base)), "rank": 3, "alpha": 6.0,
-                                             "targets": ["lm_head", "q_proj", "up_proj"], "template": "llava_v1"}  # fmt: skip
+                                             "targets": ["lm_head", "q_proj", "up_proj"], "template": "llava_v1"}
     loaded = load(tmp_path / "mine")
     assert relative(logits(loaded), logits(model)) < 1e-5 and not lora.adapters(loaded)
     assert torch.equal(loaded.projector.linear_1.bias, model.projector.linear_1.bias)

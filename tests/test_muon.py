@@ -29,7 +29,7 @@ def test_steps_are_those_of_pytorch():
     generator = torch.Generator().manual_seed(1)
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in ((16, 16), (24, 16), (16, 24), (16, 16))] for _ in range(2))
     optimizers = [Muon(ours, lr=0.02, weight_decay=0.5),
-                  torch.optim.Muon(theirs, lr=0.02, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")]  # fmt: skip
+                  torch.optim.Muon(theirs, lr=0.02, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")]
     for _ in range(6):
         for one, other in zip(ours, theirs):
             one.grad = torch.randn(one.shape, generator=generator)
@@ -70,6 +70,6 @@ def test_what_is_for_muon_and_what_for_adamw():
     assert matrices | others == set(names.values()) and not matrices & others
     assert {name.rsplit(".", 2)[-2] for name in matrices} == {
         "q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "fc1", "fc2", "gate_proj", "up_proj", "down_proj",
-        "linear_1", "linear_2"}  # fmt: skip
+        "linear_1", "linear_2"}
     assert all(is_hidden_matrix(name, p) == (name in matrices) for name, p in model.named_parameters())
     assert {group["weight_decay"] for group in muon.param_groups} == {0.1}

@@ -25,7 +25,7 @@ SIZE = (400, 300)
     ("contour", "/tmp/a=1,b.png:width=2", ("/tmp/a=1,b.png", {"width": 2})),
     ("contour", "/tmp/a:b/c=1,2.png", ("/tmp/a:b/c=1,2.png", {})),
     ("contour", "a:b.png:", ("a:b.png", {})),
-])  # fmt: skip
+])
 def test_a_marker_is_parsed(flag, text, expected):
     """Guards against options cut off at a drive's colon or sought inside a path, and numbers read as a path."""
     assert parse_marker(flag, text) == expected
@@ -40,7 +40,7 @@ def test_placeholders():
     """Guards against phrases in the wrong order, and against braces that are no placeholder being read as one."""
     markers = [make_marker("arrow", [9, 9], SIZE), make_marker("rectangle", [1, 2, 3, 4], SIZE, color="#102030")]
     assert fill_in("{2} or {1}, {x} {-1} {{1}}?", markers) == (
-        "within the rectangle or pointed to by the red arrow, {x} {-1} {pointed to by the red arrow}?")  # fmt: skip
+        "within the rectangle or pointed to by the red arrow, {x} {-1} {pointed to by the red arrow}?")
     assert fill_in(None, markers) == "What is pointed to by the red arrow?"
     assert fill_in("What is this? {} { 1 }", []) == "What is this? {} { 1 }"
 

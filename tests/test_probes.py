@@ -38,7 +38,7 @@ def test_places_are_found_and_neighbours_count():
 
 @pytest.mark.parametrize("kind, geometry, expected", [
     ("rectangle", (20, 30, 60, 90), (40, 60)), ("arrow", (70, 40), None), ("point", (25, 75), (25, 75)),
-])  # fmt: skip
+])
 def test_the_middle_is_that_of_what_is_drawn(kind, geometry, expected):
     """Guards against the middle of the object that is meant: a marker's own pixels are asked for."""
     for color in ("#000000", "#ffffff", "yellow"):
@@ -97,17 +97,17 @@ def test_the_command_prints_a_row_for_each_question(tmp_path, capsys):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     for name in (*probes.QUESTIONS, "position", "ink"):
         assert len(said[name]["accuracy"]) == 8 and all(low <= v <= high for v, (low, high) in
-                                                        zip(said[name]["accuracy"], said[name]["interval"]))  # fmt: skip
+                                                        zip(said[name]["accuracy"], said[name]["interval"]))
     assert said["color"]["accuracy"][7] > said["color"]["chance"] + 20
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == ["depth", *map(str, range(8)), "chance"] and len(out) == 2 * 7
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["-n", "7"], "n is 7; expected 128 or more"), (["--seed", "-1"], "seed is -1"), (["--clip", "tiny"], "expected clip"),
-    (["--model", "nosuch"], "no model 'nosuch'"), (["--side", "x"], "invalid int value"),
+    (["-n", "7"], "argument -n: 7 came; expected 128 or more"), (["--seed", "-1"], "--seed: -1 came"), (["--clip", "tiny"], "expected clip"),
+    (["--model", "nosuch"], "no model 'nosuch'"), (["--side", "x"], "'x' came; expected a whole number"),
     (["--model", "mine", "--clip", "other"], "not allowed with"),
-])  # fmt: skip
+])
 def test_a_mistake_is_one_line(flags, words, capsys):
     assert run(probes.main, ["--device", "cpu", *flags]) == 2
     out, err = capsys.readouterr()

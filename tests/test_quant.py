@@ -145,9 +145,9 @@ def test_layers_side_by_side_share_what_is_prepared(scheme, monkeypatch):
     weights = [weight_of(128, 256), weight_of(192, 256)]
     layers = [layer_of(scheme, weight) if scheme else torch.nn.Linear(256, len(weight)) for weight in weights]
     quant.pack(torch.nn.ModuleList(layers))
-    x, calls, whole = torch.randn(2, 3, 256), [], quant.whole
+    x, calls, fixed16 = torch.randn(2, 3, 256), [], quant.fixed16
     alone = [layer(x) for layer in layers]
-    monkeypatch.setattr(quant, "whole", lambda x: calls.append(1) or whole(x))
+    monkeypatch.setattr(quant, "fixed16", lambda x: calls.append(1) or fixed16(x))
     for y, expected in zip(side_by_side(x, *layers), alone, strict=True):
         assert torch.equal(y, expected)
     assert len(calls) == (scheme == "int8" and layers[0].packed)

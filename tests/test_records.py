@@ -20,7 +20,7 @@ from overlay import COLORS, KINDS, draw, phrase
 SIZE = (200, 140)
 BOX, OTHER = [10, 10, 60, 50], [90, 30, 150, 110]
 TALK = [{"from": "human", "value": "<image>\nWhat is here?"}, {"from": "gpt", "value": "A cat."},
-        {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "It sits."}]  # fmt: skip
+        {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "It sits."}]
 
 
 def talk(*values):
@@ -48,9 +48,9 @@ OFFICIAL = {
     "conversations": {"id": "000000033471", "image": "a.png", "conversations": TALK},
     "regions": {"image": "a.png", "regions": [{"box": BOX}, {"polygons": [[90, 30, 150, 30, 120, 110]]}, {"mask": "m.png"}],
                 "conversations": talk("Is <region0> left of <region1> and <region2>?", "No, <region1> is.")},
-}  # fmt: skip
+}
 MARKERS = {"refcocog": 1, "refcocog-gpt4v": 1, "vg_rel": 2, "vg_rel-gpt4v": 2, "flickr30k": 3, "v7w": 4, "pointQA_twice": 1,
-           "conversations": 0, "regions": 3}  # fmt: skip
+           "conversations": 0, "regions": 3}
 ALLOWED = {"vg_rel": {"rectangle", "ellipse"}, "vg_rel-gpt4v": {"rectangle", "ellipse"}, "v7w": {"rectangle"},
            "vcr": set(KINDS) - {"point"}, "flickr30k": {"rectangle", "ellipse", "arrow"}, "pointQA_twice": {"rectangle"}}
 
@@ -64,7 +64,7 @@ def images(tmp_path):
     Image.fromarray(mask).save(tmp_path / "m.png")
     (tmp_path / "meta").mkdir()
     meta = {"boxes": [[*BOX, 0.9], [*OTHER, 0.8], [20, 60, 60, 99, 0.7]],
-            "segms": [[[[12, 12], [50, 12], [50, 40], [30, 48]]], [], [[[20, 60], [21, 61]]]]}  # fmt: skip
+            "segms": [[[[12, 12], [50, 12], [50, 40], [30, 48]]], [], [[[20, 60], [21, 61]]]]}
     (tmp_path / "meta" / "x.json").write_text(json.dumps(meta))
     return tmp_path
 
@@ -161,7 +161,7 @@ def test_looks_use_all_that_words_can_tell_apart():
 @pytest.mark.parametrize("given", [
     [{"color": "red"}, {"color": "#ff0000"}], [{"kind": "arrow", "color": "red"}, {"color": "red"}],
     [{"color": "red"}, {"kind": "arrow", "color": "red"}, {}],
-])  # fmt: skip
+])
 def test_a_given_color_leaves_the_words_apart(given):
     """Guards against a record that is bad now and then, and trains until it is: kinds are chosen by what colors are given."""
     for seed in range(100):
@@ -286,7 +286,7 @@ BAD = [
     ("regions", "markers", [5, 5, 5], "a marker is 5; expected a kind"),
     ("conversations", "marker", ["arrow"], 'a field "marker"; expected "markers"'),
     ("conversations", "Regions", [{"box": BOX}], 'a field "Regions"; expected "regions"'),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind, key, value, words", BAD, ids=[f"{kind} {key} {i}" for i, (kind, key, *_) in enumerate(BAD)])
@@ -412,7 +412,7 @@ def test_preview_shows_markers_and_what_is_trained(images):
     (["check", "none.json"], "no file none.json"), (["check", "mix.json", "--images", "none"], "no folder none"),
     (["preview", "mix.json", "-n", "0"], "n is 0, and mix.json has 1 records"), (["look"], "invalid choice"),
     (["check", "empty.json"], "empty.json has no records; expected one or more"),
-])  # fmt: skip
+])
 def test_a_mistake_is_one_line(argv, words, images, monkeypatch, capsys):
     """Guards against tracebacks."""
     monkeypatch.chdir(images)

@@ -294,7 +294,7 @@ def test_the_table_is_long_and_has_no_case_twice():
 def python(files, *argv, **options):
     argv = [sys.executable, str(Path(sample.__file__).resolve()), *argv]
     return subprocess.Popen(argv, cwd=files, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **options)  # fmt: skip
+                            stderr=subprocess.PIPE, **options)
 
 
 def test_the_program_itself_exits_with_2(files):
@@ -334,7 +334,7 @@ def test_ctrl_c_while_loading(here, monkeypatch):
 ALL = {
     "rectangle": "20,30,200,180", "ellipse": "20,30,200,180", "arrow": "210,140", "point": "64,80",
     "triangle": "20,30,200,180", "scribble": "30,40,60,80,90,50", "mask": "mask.png", "contour": "mask.png",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("flag", ALL)
@@ -386,7 +386,7 @@ def test_a_marker_is_placed_on_the_image_that_a_person_sees(here):
 @pytest.mark.parametrize("name, mode", [
     ("a.jpg", "L"), ("a.jpg", "CMYK"), ("a.png", "RGBA"), ("a.png", "P"), ("a.png", "I;16"), ("a.png", "1"),
     ("a.png", "LA"), ("a.webp", "RGBA"), ("a.gif", "P"), ("a.tiff", "RGB"), ("a.bmp", "RGB"),
-])  # fmt: skip
+])
 def test_images_of_all_sorts(name, mode, here):
     """Guards against a mode that reaches drawing or CLIP unconverted."""
     values = (np.arange(30 * 40) % 251).reshape(30, 40)
@@ -488,7 +488,7 @@ def says(monkeypatch, ids: list[int], template: str):
     """In place of a model: one that answers with these ids."""
     monkeypatch.setattr(sample, "generate", lambda *_, **options: ([i] for i in ids))
     config = SimpleNamespace(template=template, vision=SimpleNamespace(image_size=28, patches=16),
-                             text=SimpleNamespace(context=4000))  # fmt: skip
+                             text=SimpleNamespace(context=4000))
     return SimpleNamespace(config=config)
 
 
@@ -524,7 +524,7 @@ def test_compile_gives_the_same_tokens(here, monkeypatch):
     """Guards against --compile that compiles nothing, or wraps what `generate` does not call. The compiler itself
     takes half a minute, so a stand-in counts."""
     calls = collections.Counter()
-    count = lambda forward: lambda *args: calls.update([type(forward.__self__)]) or forward(*args)  # noqa: E731
+    count = lambda forward: lambda *args: calls.update([type(forward.__self__)]) or forward(*args)
     monkeypatch.setattr(torch, "compile", count)
     argv = ["--image", "photo.jpg", "What?", "--max-new-tokens", "9", "--json"]
     plain, compiled = (json.loads(ask(*argv, *more)[1]) for more in ([], ["--compile"]))
@@ -562,7 +562,7 @@ def converse(monkeypatch, *lines):
 def test_a_chat_has_turns_and_markers(here, monkeypatch):
     """Guards against turns that are forgotten, an image in every turn, and a later marker that is never seen."""
     asked, said = converse(monkeypatch, "/arrow\t40,60", "What is {1}?", "", "/rectangle 20,30,200,180:color=blue",
-                           "And {2}?", "/undo", "So?")  # fmt: skip
+                           "And {2}?", "/undo", "So?")
     red, blue = "pointed to by the red arrow", "within the blue rectangle"
     assert [markers for _, markers, _ in asked] == [[red], [red, blue], [red]]
     first, second = Turn(f"What is {red}?", "answer 1", image=True), Turn(f"And {blue}?", "answer 2")
@@ -588,7 +588,7 @@ CHAT_BAD = [
     ("/new house", "expected nothing after it"), ("/quit now", "expected nothing after it"), ("/show photo.jpg", "which is an image that was given"),
     ("/mask narrow.png", "399"),
     ("/show mask.png", "mask.png is there already, and doesn't say that it was drawn here; expected another name"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("line, part", CHAT_BAD, ids=[line for line, _ in CHAT_BAD])

@@ -34,7 +34,7 @@ def test_exact_equals_the_released_line():
 @pytest.mark.parametrize("answer, truth, right", [
     (" Yes\n", "yes", True), ("yes", "YES", True), ("yes.", "yes", False), ("yes", "yes ", False), ("", "", True),
     ("the dog", "dog", False), ("Straße", "STRASSE", False),
-])  # fmt: skip
+])
 def test_exact(answer, truth, right):
     """Guards against an accuracy that forgives a full stop or an article."""
     assert exact(answer, truth) is right
@@ -56,7 +56,7 @@ def test_normalise_equals_the_official_class():
     ("1/2 /", "12"), ("x/(y(z", "x y z"), ("3,4", "34"), ("5.", "5"), ("$4.50", "$4.50"),
     ("a\tb\nc", "b c"), (" ?! ", ""),
     ("." * 33 + "a", ".a"), (". " * 33, "."),
-])  # fmt: skip
+])
 def test_normalise(text, theirs):
     """Guards against faults repaired: the rule of the touching space, minus signs, the 32 full stops. By hand."""
     assert normalise(text) == theirs
@@ -75,7 +75,7 @@ def test_contractions_lead_to_words_with_their_apostrophe():
     ("yes", "yes<AND>tomato<OR>tomatoes", 0.5), ("no", "yes<AND>tomato<OR>tomatoes", 0.0),
     ("red and green", "red<OR>blue<AND>green<AND>white", 2 / 3), ("x = -1 or x = -5", "-1 <AND> -5", 1.0),
     ("x = -5 or 5", "-1 <AND> -5", 0.5), ("x = 3", "-1 <AND> -5", 0.0),
-])  # fmt: skip
+])
 def test_or_binds_tighter_than_and(answer, truth, score):
     """Guards against (yes and tomato) or tomatoes, and against all or nothing in place of a share."""
     assert matches(answer, truth) == pytest.approx(score)
@@ -83,7 +83,7 @@ def test_or_binds_tighter_than_and(answer, truth, score):
 
 @pytest.mark.parametrize("answer", [
     "0.75", "It is 0.75.", "x=0.75", "x = 0.75", "The value of x is 3/4.", "**0.75**", "(0.75)", "0.75, I think",
-])  # fmt: skip
+])
 def test_numbers_are_found_as_they_are_written(answer):
     """Guards against clean-up that breaks numbers up, as that of VQA does. The truth is one of ViP-Bench."""
     assert matches(answer, "0.75<OR>x=0.75<OR>3/4") == 1.0
@@ -99,7 +99,7 @@ def test_numbers_are_found_as_they_are_written(answer):
     ("$1,000", "1000", True), ("1, 2,3", "2", True), ("1,000", "1", False), ("10:30am", "10:30", True),
     ("50%", "50", True), ("five dogs", "5", True), ("5 dogs", "five", True), ("90°", "90", True),
     ("10:30", "30", False),
-])  # fmt: skip
+])
 def test_numbers_are_whole(answer, part, found):
     """Guards against 1 found in -1, 5 in 0.75 or 15, and against a full stop that hides the last number."""
     assert matches(answer, part) == float(found)
@@ -111,7 +111,7 @@ def test_numbers_are_whole(answer, part, found):
     ("the White House", "white house", True), ("snow", "no", False), ("ball red", "red ball", False),
     ("don’t", "don't", True), ("The answer is A.", "A", True), ("A cat", "A", False),
     ("red ball", "the red ball", True), ("café", "CAFÉ", True), ("", "yes", False), ("red", "red ball", False),
-])  # fmt: skip
+])
 def test_words_are_whole_and_in_order(answer, part, found):
     """Guards against a search in the text's letters, and against words found anywhere instead of in one run."""
     assert matches(answer, part) == float(found)
@@ -120,7 +120,7 @@ def test_words_are_whole_and_in_order(answer, part, found):
 @pytest.mark.parametrize("answer", ["", "yes", "the"])
 @pytest.mark.parametrize("truth, score", [
     ("", 0), (" . ", 0), ("<OR>", 0), ("<AND>", 0), ("yes<AND>", 0.5), ("<OR>yes", 1),
-])  # fmt: skip
+])
 def test_an_empty_part_is_never_found(answer, truth, score):
     """Guards against the empty run of words, which stands in every answer."""
     assert matches(answer, truth) == (score if answer == "yes" else 0)
@@ -147,7 +147,7 @@ def test_words_equal_those_of_the_official_tokenizer():
     ("what?! what? no!!", "what ?! what no !!"), ('"a" `b\' “c”', "a b c"),
     ("(a) [b] {c}", "-lrb- a -rrb- -lsb- b -rsb- -lcb- c -rcb-"),
     ("$5 £5 €5 5¢ 5%", "$ 5 # 5 $ 5 5 cents 5 %"), ("...", ""), ("", ""),
-])  # fmt: skip
+])
 def test_tokenize(text, words):
     """Guards against each rule undone, and against brackets dropped, as the official list means but does not do."""
     assert tokenize(text) == words.split()
@@ -199,7 +199,7 @@ def test_cider_d_of_one_item_is_zero(answers, truths):
     (["a"], ["a dog"], "the truths of item 0 are 'a dog'; expected a list"),
     (["a"], [[]], "the truths of item 0 are []; expected a list of at least one text"),
     (["a", "b"], [["a"], ()], "the truths of item 1 are (); expected a list of at least one text"),
-])  # fmt: skip
+])
 def test_cider_d_mistakes(answers, truths, words):
     """Guards against answers cut off by zip, and against a text taken for a list of letters."""
     with pytest.raises(ValueError) as error:

@@ -210,7 +210,7 @@ def test_other_kinds_of_files_are_refused(tiny, tmp_path):
     vocab = tiny.spec["model"]["vocab"]
     for damage in ({"added_tokens": None}, {"added_tokens": ["<s>"]}, {"model": [1]}, {"normalizer": {"types": 3}},
                    {"model": dict(tiny.spec["model"], vocab=list(vocab))},
-                   {"model": dict(tiny.spec["model"], vocab={piece: str(i) for piece, i in vocab.items()})}):  # fmt: skip
+                   {"model": dict(tiny.spec["model"], vocab={piece: str(i) for piece, i in vocab.items()})}):
         (tmp_path / "tokenizer.json").write_text(json.dumps({**tiny.spec, **damage}))
         with pytest.raises(ValueError, match="tokenizer.json"):
             Tokenizer.load(tmp_path / "tokenizer.json")

@@ -41,7 +41,7 @@ ROOT = Path(train.__file__).parent
 TINIER = ViPLLaVAConfig(
     VisionConfig(image_size=24, patch_size=8, width=20, layers=3, heads=5, mlp=28),
     LlamaConfig(1024, width=24, layers=2, heads=4, kv_heads=2, mlp=36, context=256), feature_layers=(-2, 1),
-)  # fmt: skip
+)
 FLAGS = ["--batch", "3", "--side", "64", "--log-every", "1", "--eval-every", "1000", "--device", "cpu"]
 
 
@@ -92,7 +92,7 @@ def start(*argv, processes=1, **options):
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, *several, "train.py", *map(str, argv)], cwd=ROOT, text=True, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def finish(*argv, **options):
@@ -290,10 +290,10 @@ def curve(name, mine, out, *flags, processes=1):
     """The losses of a run on scenes, or on records of which some have no image; and the model that it makes."""
     good, mixed = ([mine / f"{name}.json", "--images", mine] for name in ("good", "mixed"))
     recipe, source, steps, lr = {"scenes": ("stage2", ["markers"], 50, 1e-4), "mine": ("stage2", good, 6, 1e-3),
-                                 "projector": ("stage1", [*mixed, "--micro", "1"], 4, 1e-3)}[name]  # fmt: skip
+                                 "projector": ("stage1", [*mixed, "--micro", "1"], 4, 1e-3)}[name]
     finish(recipe, "--model", "tiny", "--data", *source, "--steps", steps, "--lr", lr, "--side", "112",
            "--batch", "4", "--seed", "1", "--log-every", "1", "--eval-every", "1000", "--device", "cpu", "--out", out, *flags,
-           processes=processes)  # fmt: skip
+           processes=processes)
     assert len(losses(out)) == steps
     return losses(out), checkpoint.load(out, "cpu", torch.float32)[0].state_dict()
 
@@ -400,7 +400,7 @@ def test_other_records_do_not_continue_a_run(base, mine, tmp_path):
     records = json.loads((mine / "good.json").read_text())
     (tmp_path / "some.json").write_text(json.dumps(records))
     argv = ["stage2", "--model", str(base), "--data", str(tmp_path / "some.json"), "--images", str(mine), "--batch", "4",
-            "--length", "300", "--device", "cpu", "--out", str(tmp_path / "run")]  # fmt: skip
+            "--length", "300", "--device", "cpu", "--out", str(tmp_path / "run")]
     main(argv)
     main(argv)
     with pytest.raises(ValueError, match="images .*mine.*, now .*others"):
@@ -421,7 +421,7 @@ def test_a_run_does_not_bury_where_it_begins(base, tmp_path, monkeypatch):
         main(["lora", "--model", model, *argv, "--rank", "2", "--out", model])
     main(["lora", "--model", model, *argv, "--rank", "2", "--out", str(tmp_path / "mine")])
     for recipe, start, words in (("lora", str(tmp_path / "mine"), "is the model to start from"),
-                                 ("tiny-markers", model, "holds an adapter, adapter.safetensors")):  # fmt: skip
+                                 ("tiny-markers", model, "holds an adapter, adapter.safetensors")):
         with pytest.raises(ValueError, match=words):
             main([recipe, "--model", start, *argv, "--out", str(tmp_path / "mine")])
     shutil.rmtree(tmp_path / "base")
@@ -436,7 +436,7 @@ def test_nothing_but_bad_records_is_no_run(base, mine, tmp_path):
     """Guards against an adapter or a model of which nobody says that it has learned nothing."""
     (tmp_path / "some.json").write_text(json.dumps(json.loads((mine / "bad.json").read_text())[5:6]))
     argv = ["stage2", "--model", str(base), "--data", str(tmp_path / "some.json"), "--images", str(mine), "--skip-bad",
-            "--steps", "2", "--length", "300", "--device", "cpu", "--out", str(tmp_path / "run")]  # fmt: skip
+            "--steps", "2", "--length", "300", "--device", "cpu", "--out", str(tmp_path / "run")]
     for _ in range(2):  # nor does a second try find a run that is over
         with pytest.raises(ValueError, match="all records were bad, see .*bad-0.txt"):
             main(argv)
@@ -517,7 +517,7 @@ def test_the_rate_does_not_count_the_time_of_a_measurement(tmp_path, monkeypatch
     """Guards against samples of before a measurement over the seconds since: a rate that doubles, or one that halves."""
     now = [0.0]
     monkeypatch.setattr(journal.time, "perf_counter", lambda: now[0])
-    book = journal.Journal(tmp_path, True, 0, Habits(log_every=2), Place(torch.device("cpu")), 1.0)
+    book = journal.Journal(tmp_path, 0, Habits(log_every=2), Place(torch.device("cpu")), 1.0)
     micro, recipe = SimpleNamespace(names=["a"] * 8, ids=torch.zeros(8, 5)), Recipe("markers", steps=4)
 
     def slow():
@@ -544,7 +544,7 @@ def test_an_adapter_is_trained_on_ones_own_records(mine, tmp_path):
     """Guards against an adapter that is saved as it began: it learns 12 answers by heart, and they come from its folder."""
     argv = ["lora", "--model", "tiny", "--data", str(mine / "good.json"), "--images", str(mine), "--epochs", "40",
             "--batch", "4", "--lr", "0.005", "--projector-lr", "0.005", "--rank", "8", "--alpha", "16", "--length", "300",
-            "--valid", str(mine / "good.json"), "--device", "cpu"]  # fmt: skip
+            "--valid", str(mine / "good.json"), "--device", "cpu"]
     main([*argv, "--out", str(tmp_path / "run")])
     lines = log(tmp_path / "run")
     assert lines[0]["step"] == 0 and lines[0]["accuracy"] < 0.5  # before
@@ -568,7 +568,7 @@ def test_a_bad_record_to_measure_on_shows_before_the_training(base, mine, tmp_pa
     long = {**torn, "image": "2.png", "conversations": [{"from": "human", "value": "What? " * 400}, talk[1]]}
     (images / "valid.json").write_text(json.dumps([{**records[0], "image": "none.png"}, torn, long, *records[3:]]))
     argv = ["lora", "--model", str(base), "--data", str(mine / "good.json"), "--images", str(images), "--rank", "2", "--epochs", "0.25",
-            *FLAGS, "--valid", str(images / "valid.json"), "--out", str(tmp_path / "run")]  # fmt: skip
+            *FLAGS, "--valid", str(images / "valid.json"), "--out", str(tmp_path / "run")]
     assert run(main, argv) == 2
     assert "mine-0: image none.png is not in" in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert run(main, [*argv, "--skip-bad"]) == 0
@@ -624,7 +624,7 @@ def test_what_is_frozen_stays_as_it_came(base, tmp_path):
 
 
 @pytest.mark.parametrize("flags, close", [(["--recompute"], 1e-6), (["--precision", "bfloat16"], 0.02),
-                                          (["--recompute", "--precision", "bfloat16"], 0.02)])  # fmt: skip
+                                          (["--recompute", "--precision", "bfloat16"], 0.02)])
 def test_memory_for_time_and_bits(flags, close, base, tmp_path):
     """Guards against recomputed activations that are others, and a bfloat16 that is another model; neither may be without
     any effect on the way, or the flag would do nothing."""
@@ -694,7 +694,7 @@ def test_plain_captions_have_the_images_centre(mine):
 def test_bad_records_stop_or_are_listed(base, mine, tmp_path, capsys):
     """Guards against a bad record that is passed over in silence, and one that costs a whole night."""
     argv = ["stage2", "--model", str(base), "--data", str(mine / "bad.json"), "--images", str(mine), "--batch", "4",
-            "--log-every", "1", "--length", "300", "--device", "cpu", "--out", str(tmp_path / "run")]  # fmt: skip
+            "--log-every", "1", "--length", "300", "--device", "cpu", "--out", str(tmp_path / "run")]
     with pytest.raises(ValueError, match=r"bad\.json, line 1, record 6, mine-5: image none\.png is not in"):
         main([*argv[:-1], str(tmp_path / "stopped")])
     assert max(losses(tmp_path / "stopped")) > 0
@@ -746,7 +746,7 @@ def test_recipes_are_the_paper_s():
     ("lr = 0.1\nsteps = 3", None), ("alpha = 3", None), ("stepz = 3", "there is no field 'stepz'; expected some of data"),
     ("steps = 1.5", "steps is 1.5; expected a whole number"), ("lr = true", "lr is True; expected a number"),
     ("data = 3", "data is 3; expected a text"), ("lr = ", "can't be read as TOML"), ("batch = 0", "batch is 0"),
-])  # fmt: skip
+])
 def test_a_recipe_of_one_s_own(text, words, tmp_path):
     """Guards against fields that are passed over, and values that another type is made of."""
     (tmp_path / "mine.toml").write_text(text)
@@ -780,7 +780,7 @@ def test_a_recipe_of_one_s_own(text, words, tmp_path):
     (["--optimizer", "sgd"], "optimizer is 'sgd'; expected one of adamw, muon"),
     (["--train", "contrast"], "--data came with contrast"),
     (["--train", "contrast", "--data", "", "--images", "docs"], "--images came with contrast"),
-])  # fmt: skip
+])
 def test_a_mistake_is_one_line(tmp_path, flags, words, capsys, monkeypatch):
     """Guards against tracebacks, and against an output folder made for a run that never starts."""
     monkeypatch.chdir(ROOT)

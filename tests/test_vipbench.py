@@ -86,7 +86,7 @@ def bench(tmp_path_factory):
             named["rec"] = named["rec"] - {spare} | {i}
     meta = {f"v1_{i}": {"image_source": "a.png", "image": f"v1_{i}_0.png", "question": "What is <obj>?",
                         "answer": f"thing {i}<OR>item {i}", "capability": [n for n in COUNTS if i in named[n]]}
-            for i in range(303)}  # fmt: skip
+            for i in range(303)}
     (folder / "vip-bench-meta-data.json").write_text(json.dumps(meta))
     (folder / "human/images").mkdir(parents=True)
     lines = [{"question_id": i, "image": f"v1_{i}_0.png", "text": "What is within the red box?"} for i in range(303)]
@@ -98,7 +98,7 @@ def bench(tmp_path_factory):
 
 def score(bench, out, *flags):
     return run(vipbench.main, ["--results", str(bench / "mine.json"), "--data", str(bench), "--split", "human",
-                               "--out", str(out), *flags])  # fmt: skip
+                               "--out", str(out), *flags])
 
 
 def test_303_answers_are_scored_as_the_evaluator_does(bench, tmp_path, server, capsys):
@@ -232,7 +232,7 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_told(key, bench, tmp_path,
 @pytest.mark.parametrize("reply, grade", [
     ("1.0", 1.0), ("0", 0.0), (" 0.3 |", 0.3), (".5", 0.5), ("1", 1.0), ("0.5\n", 0.5),
     ("1.5", None), ("-1", None), ("", None), ("one", None), ("0.5.1", None), ("10", None), ("0.5x", None),
-])  # fmt: skip
+])
 def test_grades(reply, grade):
     """Guards against 10 that is read as 1, and against words that are read as 0."""
     assert parse_grade(reply) == grade
@@ -247,7 +247,7 @@ def test_no_grade_is_told_apart(server, tmp_path):
 @pytest.mark.parametrize("change, words", [
     (lambda a: a.pop("v1_3"), "has 302 answers; expected 303"), (lambda a: a.update(v2_0="x"), "has 304 answers"),
     (lambda a: a.update(v1_0=7), "holds no answers"),
-])  # fmt: skip
+])
 def test_other_results_are_refused(change, words, bench, tmp_path, capsys):
     """Guards against a mean over the answers that happen to be there."""
     answers = json.loads((bench / "mine.json").read_text())
@@ -263,7 +263,7 @@ def test_other_results_are_refused(change, words, bench, tmp_path, capsys):
     (["--judge-threads", "0"], "judge-threads is 0"), (["--judge-timeout", "0"], "judge-timeout is 0"),
     (["--split", "dog"], "invalid choice: 'dog'"), (["--split", "bbox"], "no file"), (["--data", "nosuch"], "no file nosuch"),
     (["--results", "nosuch.json"], "no file nosuch.json"),
-])  # fmt: skip
+])
 def test_a_mistake_is_one_line(flags, words, bench, tmp_path, capsys):
     assert score(bench, tmp_path / "out", *flags) == 2
     out, err = capsys.readouterr()
@@ -278,7 +278,7 @@ def test_a_mistake_is_one_line(flags, words, bench, tmp_path, capsys):
     ("human/questions.jsonl", '{"question_id": "0", "text": "a"}', "line 1: question_id is '0'; expected a whole number"),
     ("human/questions.jsonl", '{"question_id": 7, "text": "a"}\n{"question_id": 7, "text": "b"}', "line 2: question_id 7 came already"),
     ("human/questions.jsonl", '{"question_id": 0, "text": "a"}', "asks 1 questions, the meta data know 303"),
-])  # fmt: skip
+])
 def test_damaged_files_are_named(name, text, words, bench, tmp_path, capsys):
     for file in ("vip-bench-meta-data.json", "human/questions.jsonl", "mine.json"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -295,7 +295,7 @@ def test_a_model_s_answers_are_what_the_evaluator_takes(tmp_path, server):
     for split in ("bbox", "human"):
         out = tmp_path / split
         assert run(vipbench.main, ["--data", str(data), "--split", split, "--out", str(out), "--device", "cpu",
-                                   "--judge-url", server.url]) == 0  # fmt: skip
+                                   "--judge-url", server.url]) == 0
         answers[split] = json.loads((out / f"{split}.json").read_text())
         assert list(answers[split]) == [f"v1_{i}" for i in range(6)] and all(answers[split].values())
         assert json.loads((out / "judge-results.json").read_text())["rows"]["all"]["score"] == 100
