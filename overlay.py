@@ -77,7 +77,7 @@ def rgb_of(color: str | Sequence[int]) -> tuple[int, int, int]:
 
 def _numbers(values, what):
     try:
-        if any(isinstance(v, (bool, np.bool_)) for v in values):      # a bitmap's row
+        if any(isinstance(v, (bool, np.bool_, str)) for v in values):      # a bitmap's row, a text
             raise TypeError
         values = tuple(float(v) for v in values)
     except (TypeError, ValueError):
@@ -503,7 +503,7 @@ def sample_marker(region: Region, size: tuple[int, int], generator: np.random.Ge
     color = tuple(_whole(generator, *d.rgb) for _ in range(3)) if color is None else color
     low, high = d.mask_alpha if kind == "mask" else d.alpha
     alpha = _whole(generator, round(255 * low), round(255 * high)) / 255
-    low, high = getattr(d, f"{kind.split()[-1]}_width", (1, 1))      # "mask contour": contour_width; a mask and a point have no line
+    low, high = getattr(d, f"{kind.split()[-1]}_width", (1, 1))      # contour_width; a mask and a point have none
     width = max(_whole(generator, low * s, high * s), 1)
     marker = Marker(kind, color=color, alpha=alpha, width=width, **SAMPLERS[kind](region, size, generator, d, s))
     if marker.mask and visible != region.bounds:      # the mask, or its outline, may lie beyond the border
@@ -592,7 +592,7 @@ def _stencil(m, crop, steps):
     elif m.kind == "scribble":
         pen.line(_curve(points, steps), **line)
     else:
-        pen.line(points, **line)
+        pen.line(points[::-1], **line)  # from the tip: Pillow's wide lines depend on it, by a pixel
         (ax, ay), (bx, by) = _barbs(m)
         head = [(ax - x0, ay - y0), points[-1], (bx - x0, by - y0)]
         pen.polygon(head, fill=1) if m.filled else pen.line(head, **line)
@@ -650,6 +650,8 @@ def main(path: str) -> None:
 
 if __name__ == "__main__":
     try:
+        if {"-h", "--help"} & {*sys.argv}:
+            sys.exit(print("usage: python overlay.py [markers.png]: write a sheet of the eight markers"))
         main(sys.argv[1] if len(sys.argv) > 1 else SHEET)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

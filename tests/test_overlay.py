@@ -308,7 +308,7 @@ def reference(image, m):
                 for dy in range(-m.width, m.width + 1):
                     pen.polygon([(x + dx, y + dy) for x, y in polygon], outline=ink)
     else:
-        pen.line(m.points, fill=ink, width=m.width)
+        pen.line(m.points[::-1], fill=ink, width=m.width)      # the released code begins at the tip
         (x, y), turn = m.points[-1], math.radians(60)
         angle = math.atan2(m.points[0][1] - y, m.points[0][0] - x)
         head = [(x + m.head * math.cos(angle + turn), y + m.head * math.sin(angle + turn)), (x, y),
