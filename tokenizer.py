@@ -185,7 +185,7 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"{path} is missing")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}; expected an object")
@@ -375,6 +375,9 @@ class Tokenizer:
 
 # -- CLIP's ----------------------------------------------------------------------------------------------------------
 
+LAST = 0xE000  # Unicode's first character for private use
+
+
 def _pairs(merges: list) -> list[tuple[str, str]]:
     """Merges of a tokenizer.json, which are "a b" or ["a", "b"]."""
     return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
@@ -406,14 +409,23 @@ class CLIPTokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, context: int) -> "CLIPTokenizer":
         """Learned from texts: at most vocab_size pieces. The two special tokens come last, as CLIP's text tower finds
-        the end of a text by its id, the largest."""
-        bpe = _clip_bpe(models.BPE(end_of_word_suffix="</w>"))
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size - 2, initial_alphabet=alphabet,
-                                                           end_of_word_suffix="</w>", show_progress=False))
+        the end of a text by its id, the largest.
+
+        The trainer knows "</w>" as a suffix, but then numbers a word's last letters in another order each time. So it is
+        given these as letters of their own, `LAST` further up, and they get their names afterwards."""
+        split, bpe = _clip_bpe(models.BPE()), BPETokenizer(models.BPE())
+        words = (word for text in texts for word, _ in split.pre_tokenizer.pre_tokenize_str(split.normalizer.normalize_str(text)))
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                      show_progress=False)
+        bpe.train_from_iterator((word[:-1] + chr(LAST + ord(word[-1])) for word in words), trainer)
         model = json.loads(bpe.to_str())["model"]
-        names = [*sorted(model["vocab"], key=model["vocab"].get), "<|startoftext|>", "<|endoftext|>"]
-        return cls({name: i for i, name in enumerate(names)}, _pairs(model["merges"]), context)
+
+        def named(piece: str) -> str:
+            return f"{piece[:-1]}{chr(ord(piece[-1]) - LAST)}</w>" if ord(piece[-1]) >= LAST else piece
+
+        names = [*map(named, sorted(model["vocab"], key=model["vocab"].get)), "<|startoftext|>", "<|endoftext|>"]
+        merges = [(named(left), named(right)) for left, right in _pairs(model["merges"])]
+        return cls({name: i for i, name in enumerate(names)}, merges, context)
 
     def save(self, folder: str | Path) -> None:
         """vocab.json and merges.txt, as transformers' CLIPTokenizer reads them."""

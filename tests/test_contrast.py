@@ -229,7 +229,8 @@ def test_held_out_counts(tokenize):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--micro", "2"], "--micro came with contrast"), (["--steps", "0"], "0 steps"), (["--compile"], "--compile came"),
+    (["--micro", "2"], "--micro came with contrast"), (["--length", "9"], "--length came"), (["--projector-lr", "1"], "--projector-lr came"),
+    (["--steps", "0"], "0 steps"), (["--compile"], "--compile came"),
     (["--parallel", "fsdp"], "expected ddp"),
     (["--model", "tiny"], "says model_type 'vipllava'; expected clip"),
 ])
