@@ -77,7 +77,8 @@ def add(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TARG
         raise ValueError(f"the model {what} already; expected one of 16 or 32 bits a weight, all of whose adapters are merged")
     model.requires_grad_(False)
     model.projector.requires_grad_(True)
-    model.adapted = digest(model)  # while it is whole, and nothing is added: `save` writes it down
+    # While the model is whole, and nothing is added: `save` writes it down.
+    model.adapted = {"digest": digest(model.llama), "tower": digest(model.vision)}
     blocks = [part for block in model.llama.layers for part in (block.self_attn, block.mlp)]
     for part in (*blocks, model.llama):
         for name in [name for name in (*TARGETS, HEAD) if name in targets and hasattr(part, name)]:  # always in this order
@@ -85,10 +86,10 @@ def add(model: nn.Module, rank: int, alpha: float, targets: Sequence[str] = TARG
     return model
 
 
-def digest(model: nn.Module) -> str:
-    """A fingerprint of the decoder, the signs of some weights: the same in every precision, while another training flips
-    some. "" for a model on the meta device, whose weights have no values."""
-    signs = torch.cat([weight.detach().flatten()[:1024].signbit() for weight in model.llama.parameters()])
+def digest(part: nn.Module) -> str:
+    """A fingerprint of decoder or image tower, the signs of some weights: the same in every precision, while another
+    training flips some. "" on the meta device, where weights have no values."""
+    signs = torch.cat([weight.detach().flatten()[:1024].signbit() for weight in part.parameters()])
     return "" if signs.is_meta else hashlib.sha256(np.packbits(signs.cpu().numpy()).tobytes()).hexdigest()[:12]
 
 
@@ -119,7 +120,7 @@ def save(model: nn.Module, folder: str | Path, base: str, state: dict | None = N
     folder = checkpoint.check_target(folder, adapter=True)
     first = next(iter(parts.values()))
     rank, targets = first.lora_A.size(0), sorted({name.rpartition(".")[2] for name in parts})
-    what = {"base": base, "digest": model.adapted, "rank": rank, "alpha": first.scale * rank, "targets": targets,
+    what = {"base": base, **model.adapted, "rank": rank, "alpha": first.scale * rank, "targets": targets,
             "template": model.config.template}
     state = {name: x for name, x in (state or model.state_dict()).items() if _of_adapter(name)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +135,8 @@ def _of_adapter(name: str) -> bool:
 
 
 def about(folder: str | Path) -> dict | None:
-    """base and its digest, rank, alpha, targets, template of the adapter in a folder; None where there is no adapter."""
+    """base and its digests (of decoder and image tower), rank, alpha, targets, template of the adapter in a folder; None
+    where there is none."""
     path = Path(folder) / FILE
     if not path.is_file():
         return None
@@ -144,7 +146,7 @@ def about(folder: str | Path) -> dict | None:
         kinds = {"base": str, "rank": int, "alpha": (int, float), "targets": list}
         if not all(isinstance(what[key], kind) for key, kind in kinds.items()):
             raise TypeError
-        what = {"digest": None, "template": None} | what  # it may be older than these are told
+        what = {"digest": None, "tower": None, "template": None} | what  # it may be older than these are told
         if what["template"] not in (None, *TEMPLATES):
             raise KeyError(what["template"])
         return what
@@ -164,7 +166,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     wrong = sorted(own.keys() ^ found.keys()) + [n for n in own.keys() & found.keys() if own[n].shape != found[n].shape]
     if wrong:
         raise ValueError(f"{path} doesn't fit {what['base']}: {wrong[0]}, and {len(wrong) - 1} more; expected its base")
-    if what["digest"] not in (None, model.adapted):
+    if any(what[part] not in (None, found) for part, found in model.adapted.items()):
         raise ValueError(f"{path} was trained on other weights than {what['base']} has now; expected those, or to train again")
     with torch.no_grad():
         for name, x in own.items():

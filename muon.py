@@ -6,7 +6,7 @@
 A gradient is nearly all along a few directions, and so are Adam's steps; orthogonal() gives every direction the same
 length, so that rare ones are learned, too, and a small model from nothing leaves its plateaus early (README has figures).
 The factor makes a step about as large as one of AdamW, whose rates and decay then serve both (Liu et al., arXiv
-2502.16982, section 2.2).
+2502.16982, section 2.2). As all steps have one length, a gradient of zero ends none: momentum goes on as fast as before.
 
 It is for matrices between hidden states. Embeddings, the head, vectors and CLIP's patches are left to AdamW:
 
@@ -15,6 +15,8 @@ It is for matrices between hidden states. Embeddings, the head, vectors and CLIP
 torch.optim.Muon computes the same in bfloat16, a matrix at a time, which on a CPU takes longer, and many times as long
 where there are no instructions for bfloat16. Here matrices of one shape go together, in their own dtype.
 """
+
+import math
 
 import torch
 
@@ -40,9 +42,11 @@ def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
 
 
 class Muon(torch.optim.Optimizer):
-    """Of matrices alone; lr and weight_decay as AdamW's. ValueError: a parameter is no matrix."""
+    """Of matrices alone; lr and weight_decay as AdamW's. ValueError: a parameter is no matrix, or a number out of range."""
 
     def __init__(self, params, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0):
+        if not (0 <= lr < math.inf and 0 <= momentum < 1 and 0 <= weight_decay < math.inf):
+            raise ValueError(f"lr {lr}, momentum {momentum}, weight_decay {weight_decay}; expected 0 or more, and a momentum below 1")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for p in (p for group in self.param_groups for p in group["params"]):
             if p.dim() != 2:

@@ -31,7 +31,7 @@ class Recipe:
 
     data: str = ""  # files of records, a,b.json; or scenes and their shares, such as markers=3,captions=1
     train: str = "all"  # one of TRAINED
-    epochs: float = 1.0  # over the records
+    epochs: float = 1.0  # over the records; what the last step lacks then is taken from one more
     steps: int = 0  # 0: as many as the epochs have
     batch: int = 32  # samples a step, over all processes; on a plateau more steps help more than larger ones
     lr: float = 1e-3  # the peak: linear warm-up, then a cosine to zero
@@ -94,7 +94,8 @@ KIND_NAMES = {str: "a text", int: "a whole number", float: "a number"}
 
 
 def schedule(step: int, recipe: Recipe) -> float:
-    """The learning rate in parts of its peak."""
+    """The learning rate in parts of its peak: transformers' cosine with warm-up, but for the warm-up's length, which is
+    rounded to the nearest step, not up, and its first step, which has a rate above 0 here."""
     warm = max(1, round(recipe.warmup * recipe.steps))
     if step < warm:
         return (step + 1) / warm

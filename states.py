@@ -9,13 +9,16 @@ they come from the base; nor are samples, as each is a function of (seed, number
 be read (a disk that was full, a file cut short), the one before is taken, and that is said.
 """
 
+import contextlib
 import json
 import logging
 import os
 import pickle
 import shutil
+import time
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -25,8 +28,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)  # what can't be read is said here
 OPTIONS = StateDictOptions(ignore_frozen_params=True)
-UNREADABLE = (dcp.CheckpointException, RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError,
+UNREADABLE = (dcp.CheckpointException, RuntimeError, OSError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError,
               zipfile.BadZipFile)
+PATIENCE = 10  # seconds: so long the workers of a process that was killed may outlive it
 
 
 def _is_first_process() -> bool:
@@ -36,6 +40,34 @@ def _is_first_process() -> bool:
 def _wait() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """The folder is this process's while it trains. ValueError: it is another's, which would lose states."""
+    out.mkdir(parents=True, exist_ok=True)
+    if os.name != "posix":  # Windows has no such locks
+        yield
+        return
+    from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, flock
+
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        for seconds in range(PATIENCE, -1, -1):
+            try:
+                flock(folder, LOCK_EX | LOCK_NB)
+                break
+            except BlockingIOError:
+                if not seconds:
+                    raise ValueError(f"another process trains in {out}; expected to wait for its end, or another --out") from None
+                time.sleep(1)
+            except OSError:  # a network's file system has none, either
+                break
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            flock(folder, LOCK_UN)  # for its workers, too, which have it as well
+        os.close(folder)
 
 
 def save(out: Path, model, optimizers, step: int, about: dict, keep: int) -> None:
@@ -54,7 +86,7 @@ def save(out: Path, model, optimizers, step: int, about: dict, keep: int) -> Non
         reasons = [reason for reason, *_ in getattr(error, "failures", {}).values()] or [error]
         if _is_first_process():
             shutil.rmtree(beside, ignore_errors=True)
-        raise OSError(f"{beside} can't be written ({str(reasons[0]).splitlines()[0]})") from None
+        raise OSError(f"{beside} can't be written ({(str(reasons[0]) or 'why, is not said').splitlines()[0]}); is the disk full?") from None
     if _is_first_process():
         (beside / "about.json").write_text(json.dumps({"step": step, **about}, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)

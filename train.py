@@ -382,7 +382,8 @@ def main(argv: list[str]) -> None:
     target = checkpoint.check_target(args.out, adapter=recipe.train == "lora")
     if args.model and resolved(args.model) == str(target):
         raise ValueError(f"--out {args.out} is the model to start from; expected another folder")
-    if any((target / name).is_file() for name in ("config.json", lora.FILE)) and not (target / "log.jsonl").is_file():
+    made = any((target / name).is_file() for name in ("config.json", lora.FILE))
+    if made and not any((target / name).exists() for name in ("log.jsonl", "states")):
         raise ValueError(f"--out {args.out} holds a model that no training wrote there; expected another folder")
     if recipe.train == "lora" and not args.model:
         raise ValueError("an adapter has no base; expected --model")
@@ -402,7 +403,7 @@ def main(argv: list[str]) -> None:
     habits = Habits(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Habits)})
     new = not args.out.exists()
     try:
-        with stop_signals() as stopping:
+        with stop_signals() as stopping, states.alone(args.out) if place.rank == 0 else contextlib.nullcontext():
             train(task, recipe, args.out, base, place, habits, args.parallel, low, stopping)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -423,6 +424,7 @@ def contrast_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: t
     if args.parallel == "fsdp" or not recipe.steps:
         raise ValueError(f"--parallel {args.parallel} and {recipe.steps} steps came with contrast; expected ddp, and --steps")
     given = {flag: getattr(args, flag) for flag in ("micro", "compile", "recompute", "valid", "clip", "images")}
+    given |= {"length": recipe.length != Recipe.length, "projector-lr": recipe.projector_lr}
     for flag, value in {**given, "data": recipe.data, "template": recipe.template}.items():
         if value:
             raise ValueError(f"--{flag} came with contrast, which has no use for it; expected none")
@@ -460,9 +462,11 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
     kept = checkpoint.stored_dtype(args.model) if args.model else torch.float32
     # What is frozen may be rounded where it came in 16 bits, or where only an adapter is written.
     frozen = low if kept.itemsize == 2 or recipe.train == "lora" else torch.float32
-    origin = {"the base's digest": lora.digest(model)} if args.model else {}
     if args.clip:
         take_tower(model, args.clip)
+    origin = {"the base's digest": lora.digest(model.llama)} if args.model else {}
+    if args.model or args.clip:
+        origin["the image tower's digest"] = lora.digest(model.vision)
     if recipe.template not in ("", "plain"):
         model.config = dataclasses.replace(model.config, template=recipe.template)
     freeze(model.to(place.device), recipe, torch.float32 if args.parallel == "fsdp" else frozen)  # FSDP casts by itself

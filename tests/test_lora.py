@@ -1,6 +1,5 @@
 """LoRA: the same function merged and unmerged, and a file that goes with its base."""
 
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -89,7 +88,7 @@ def test_targets(base):
     model = lora.add(load(base), rank=2, alpha=2, targets=("q_proj", "down_proj", "lm_head"))
     assert {name.rpartition(".")[2] for name in lora.adapters(model)} == {"q_proj", "down_proj", "lm_head"}
     assert len(lora.adapters(model)) == 2 * len(model.llama.layers) + 1
-    with pytest.raises(ValueError, match="target 'q'; expected one or more of q_proj"):
+    with pytest.raises(ValueError, match="targets 'q'; expected one or more of q_proj"):
         lora.add(load(base), rank=2, alpha=2, targets=("q",))
     for rank, alpha in ((0, 1), (2, 0), (2, float("nan"))):
         with pytest.raises(ValueError, match="expected a rank of 1 or more"):
@@ -109,7 +108,8 @@ def test_saved_loaded_and_merged(base, tmp_path, capsys):
     lora.save(model, tmp_path / "mine", str(base))
     whole = (base / "model.safetensors").stat().st_size
     assert (tmp_path / "mine" / lora.FILE).stat().st_size < whole / 2
-    assert lora.about(tmp_path / "mine") == {"base": str(base), "digest": lora.digest(load(base)), "rank": 3, "alpha": 6.0,
+    digests = {"digest": lora.digest(load(base).llama), "tower": lora.digest(load(base).vision)}
+    assert lora.about(tmp_path / "mine") == {"base": str(base), **digests, "rank": 3, "alpha": 6.0,
                                              "targets": ["lm_head", "q_proj", "up_proj"], "template": "llava_v1"}
     loaded = load(tmp_path / "mine")
     assert relative(logits(loaded), logits(model)) < 1e-5 and not lora.adapters(loaded)
@@ -151,14 +151,16 @@ def test_an_adapter_of_another_base_is_refused(base, tmp_path):
         lora.load(model, base)
     half, tokenizer = checkpoint.load(base, "cpu", torch.float16)
     assert lora.load(half, tmp_path / "mine")  # the same weights, if rounded
-    model = load(base)
-    with torch.no_grad():
-        for weight in model.llama.parameters():
-            weight += 0.1 * weight.std() * torch.randn_like(weight)
-    shutil.rmtree(base)
-    checkpoint.save(model, tokenizer, base)
-    with pytest.raises(ValueError, match="was trained on other weights than .*base has now"):
-        checkpoint.load(tmp_path / "mine")
+    for part in ("vision", "llama"):
+        model = load(base)
+        with torch.no_grad():
+            for weight in getattr(model, part).parameters():
+                weight += 0.1 * weight.std() * torch.randn_like(weight)
+        another = tmp_path / part
+        checkpoint.save(model, tokenizer, another)
+        lora.save(lora.add(load(base), rank=3, alpha=6), tmp_path / f"on {part}", str(another))
+        with pytest.raises(ValueError, match=f"was trained on other weights than .*{part} has now"):
+            checkpoint.load(tmp_path / f"on {part}")
     file = tmp_path / "mine" / lora.FILE
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="can't be read as an adapter"):

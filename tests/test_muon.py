@@ -1,5 +1,7 @@
 """Muon's steps, beside what they stand for (an SVD) and beside PyTorch's own, in bfloat16."""
 
+import math
+
 import pytest
 import torch
 
@@ -57,6 +59,13 @@ def test_vectors_are_refused():
     """Guards against a norm of one row that is stepped as if it were a matrix."""
     with pytest.raises(ValueError, match=r"a parameter of shape \(4,\) came to Muon; expected matrices"):
         Muon([torch.nn.Parameter(torch.ones(4))])
+
+
+@pytest.mark.parametrize("given", [{"lr": -1.0}, {"lr": math.nan}, {"momentum": 1.0}, {"weight_decay": -0.1}])
+def test_numbers_out_of_range_are_refused(given):
+    """Guards against a step uphill, as AdamW does."""
+    with pytest.raises(ValueError, match="expected 0 or more, and a momentum below 1"):
+        Muon([torch.zeros(2, 2)], **given)
 
 
 def test_what_is_for_muon_and_what_for_adamw():

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -464,6 +466,37 @@ def test_another_tower_does_not_continue_a_run(base, tmp_path, monkeypatch):
     main([*argv, "--clip", "one"])
     with pytest.raises(ValueError, match="the image tower of one, now .*the image tower of two"):
         main([*argv, "--clip", "two"])
+    other = lambda model, clip: model.vision.class_embedding.data.neg_()
+    monkeypatch.setattr(train, "take_tower", other)  # the same name, and other weights
+    with pytest.raises(ValueError, match="the image tower's digest [0-9a-f]{12}, now [0-9a-f]{12}"):
+        main([*argv, "--clip", "one"])
+
+
+def test_two_runs_in_a_folder_are_refused(base, tmp_path, capsys, monkeypatch):
+    """Guards against two that remove each other's states, and write into one log; workers that outlive the first are none."""
+    monkeypatch.setattr(states, "PATIENCE", 0)
+    with states.alone(tmp_path / "run"):
+        assert run(main, ["tiny-markers", "--model", str(base), "--steps", "1", *FLAGS, "--out", str(tmp_path / "run")]) == 2
+    assert "another process trains in" in capsys.readouterr().err and not list((tmp_path / "run").iterdir())
+    with states.alone(tmp_path / "run"):  # it was let go of
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=[60], daemon=True)
+        worker.start()
+    with states.alone(tmp_path / "run"):
+        worker.kill()
+
+
+def test_a_log_that_was_taken_away_is_no_end(base, tmp_path, capsys):
+    """Guards against advice to take a damaged log away, after which the run is taken for somebody's model."""
+    argv = ["tiny-markers", "--model", str(base), "--steps", "2", *FLAGS, "--out", str(tmp_path / "run")]
+    main(argv)
+    (tmp_path / "run" / "log.jsonl").write_text("[]\n")
+    assert run(main, argv) == 2 and "take it away" in capsys.readouterr().err
+    (tmp_path / "run" / "log.jsonl").unlink()
+    main(argv)
+    assert "all 2 steps of this run are done" in capsys.readouterr().out
+    (about,) = (tmp_path / "run" / "states").glob("*/about.json")
+    about.write_text("[]")
+    assert run(main, argv) == 2 and "none of 1 states" in capsys.readouterr().err
 
 
 def test_what_a_base_is_called(tmp_path, monkeypatch):
@@ -771,7 +804,7 @@ def test_a_recipe_of_one_s_own(text, words, tmp_path):
     (["--data", "README.md=3"], "data 'README.md=3' is neither"), (["--data", "markers=3,markers"], "markers came twice"),
     (["--seed", str(2**63)], "expected less than 2^63"), (["--out", ""], "nothing came; expected a folder"),
     (["--data", "pytest.ini,nosuch.json"], "no file nosuch.json"), (["--keep", "x"], "'x' came; expected a whole number"),
-    (["--train", "lora"], "expected --model"), (["--train", "lora", "--targets", "q", "--model", "tiny"], "target 'q'"),
+    (["--train", "lora"], "expected --model"), (["--train", "lora", "--targets", "q", "--model", "tiny"], "targets 'q'"),
     (["--data", "README.md", "--steps", "1"], "README.md begins with"), (["--beta2", "1"], "beta2 is 1.0; expected 0 or more"),
     (["--model", "tiny", "--train", "lora", "--clip", "x"], "--clip came with lora, whose file has no image tower"),
     (["--images", "docs"], "--images came with drawn scenes"),
