@@ -81,10 +81,10 @@ TEMPLATES = {
         opening=(BOS, *_header("system"), VISION, EOT), user=_header("user"), assistant=(EOT, *_header("assistant")),
         end=(EOT,), stop_names=("<|eot_id|>", "<|end_of_text|>")),
     # Phi-3's tokenizer of the time put one dummy prefix before all that comes up to an image, special tokens too:
-    # it is the " " before <|system|>.
+    # it is the " " before <|system|>. And the newline after an answer's <|end|> was trained.
     "llava_phi_3": Template(
-        opening=(BOS, " ", Special("<|system|>"), "\n" + VISION, END), user=("\n", Special("<|user|>"), "\n"),
-        assistant=(END, "\n", Special("<|assistant|>"), "\n"), end=(END,),
+        opening=(BOS, " ", Special("<|system|>"), "\n" + VISION, END, "\n"), user=(Special("<|user|>"), "\n"),
+        assistant=(END, "\n", Special("<|assistant|>"), "\n"), end=(END, "\n"),
         stop_names=("<|end|>", "<|endoftext|>"), prefix_everywhere=False),
     # stage 1: an image and its caption, a line
     "plain": Template(after_image="", end=("\n",), stop="\n"),

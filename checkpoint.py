@@ -73,7 +73,8 @@ def sources(path_or_name) -> list[Path]:
 
 
 def stored_dtype(path_or_name) -> torch.dtype:
-    """The dtype of the weights in a model's files, which are not quantised; of an adapter's base. See `find` for what it raises."""
+    """The dtype of a model's weights in their files, which are not quantised; for an adapter, its base's. See `find` for what
+    it raises."""
     return Part(weight_files(sources(path_or_name)[-1])).dtype
 
 
@@ -181,7 +182,7 @@ class Unfilled(TorchFunctionMode):
 def fill(model: nn.Module, parts: list[Part], device, dtype, fresh=(), quantize="") -> nn.Module:
     """Give a model on the meta device its weights: from files, and from `fresh`, our names -> tensors; eval mode.
     quantize: as each is read, see quant.py."""
-    if dtype not in (None, "stored") and not getattr(dtype, "is_floating_point", False):
+    if dtype not in (None, "stored", torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f'dtype is {dtype!r}; expected torch.float32, torch.bfloat16, torch.float16, "stored" or None')
     fresh = dict(fresh)
     found = {name: tuple(x.shape) for name, x in fresh.items()}
@@ -223,6 +224,8 @@ def default_dtype(device: torch.device, parameters: int, stored: torch.dtype) ->
         free = 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
     except (OSError, TypeError):  # not Linux: count all of the memory, or what most computers have at least
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8e9
+    with contextlib.suppress(OSError, ValueError):  # there is no limit
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # a container's
     return torch.float32 if 1.15 * 4 * parameters < free else torch.bfloat16
 
 

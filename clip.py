@@ -132,7 +132,8 @@ def preprocess(image: Image.Image, size: int, mode: str = "pad") -> torch.Tensor
     square = max(w, h) * (size if w > h else h)  # wide images are resized first, see below
     between = {"pad": square, "crop": size * size * max(w, h) // min(w, h)}.get(mode, 0)  # pixels on the way
     if between > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise ValueError(f"an image of {w} x {h} pixels is too long and thin to {mode}; expected a squarer one")
+        what = "large" if w == h else "long and thin"
+        raise ValueError(f"an image of {w} x {h} pixels is too {what} to {mode}; expected a smaller or squarer one")
     if mode == "pad" and w != h:
         side = max(w, h)
         if w > h:  # Pillow resizes all rows, then all columns: the rows of padding can come in between
@@ -147,7 +148,7 @@ def preprocess(image: Image.Image, size: int, mode: str = "pad") -> torch.Tensor
         image = image.crop((left, top, left + size, top + size))
     image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float()  # (3, S, S)
-    mean, std = (torch.tensor(of, dtype=torch.float32)[:, None, None] for of in (MEAN, STD))
+    mean, std = (torch.tensor(of, dtype=torch.float32, device="cpu")[:, None, None] for of in (MEAN, STD))
     return pixels.div_(255).sub_(mean).div_(std)
 
 

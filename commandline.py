@@ -32,14 +32,15 @@ class Parser(argparse.ArgumentParser):
 def check_device(name: str | None) -> torch.device:
     """The device of that name; None is CUDA where there is one, else the CPU. ValueError: it is not here."""
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    device = name or ("cuda" if here["cuda"] else "cpu")
+    device = ("cuda" if here["cuda"] else "cpu") if name is None else name
     try:
         found = torch.empty(0, device=device).device
         if found.type not in here or found.type == "cpu" and ":" in str(device):
             raise RuntimeError
-    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch was built without CUDA
+    except (RuntimeError, AssertionError, TypeError) as error:  # an AssertionError where PyTorch was built without CUDA
         choices = " or ".join(name for name, there in here.items() if there)
-        why = f" ({str(error).splitlines()[0]})" if name is None and str(error) else ""  # it is there, but can't be used
+        can_not = here.get(str(device).partition(":")[0]) and str(error)  # it is there, but can't be used
+        why = f" ({str(error).splitlines()[0]})" if can_not else ""
         raise ValueError(f"there is no device {device!r} here{why}; expected {choices}") from None
     return torch.device(device)
 

@@ -67,9 +67,13 @@ def open_file(path: Path, some: Collection[str] | None = None) -> dict[str, torc
         advice = isinstance(error, pickle.UnpicklingError)  # PyTorch's, to read it as a program
         reason = "it is no dict of tensors" if advice else str(error).strip().split("\n")[0]
         raise ValueError(f"{path} can't be read as weights ({reason}); is the file whole?") from None
-    if not isinstance(tensors, dict) or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
-        raise ValueError(f"{path} holds a {type(tensors).__name__}; expected a dict of tensors")
+    if not isinstance(tensors, dict) or not all(map(_is_plain, tensors.keys(), tensors.values())):
+        raise ValueError(f"{path} holds a {type(tensors).__name__}; expected a dict of names and dense tensors")
     return {name: x.detach() for name, x in tensors.items() if some is None or name in some}
+
+
+def _is_plain(name, x) -> bool:
+    return isinstance(name, str) and isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_meta
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path, about: dict[str, str] | None = None) -> None:
@@ -77,9 +81,9 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path, about: dict[str,
     try:
         save_file(tensors, path, about or {"format": "pt"})
         path.chmod(0o644)  # safetensors lets nobody but its owner read it
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # a RuntimeError: two of the tensors share memory
         path.unlink(missing_ok=True)
-        raise OSError(f"{path} can't be written ({error})") from None
+        raise OSError(f"{path} can't be written ({(str(error).strip() or type(error).__name__).splitlines()[0]})") from None
 
 
 @dataclass(frozen=True)
@@ -90,16 +94,26 @@ class Part:
     drop: tuple[str, ...] = ()
     scheme: str = ""
 
+    @cached_property
+    def _stamps(self) -> dict[Path, tuple[int, ...]]:
+        return {file: stamp(file) for file in self.files}
+
     def open(self, file: Path, some: Collection[str] | None = None, how=open_file) -> dict[str, torch.Tensor]:
         """Our names -> the tensors in `file`, or those that it calls `some`; mapped, not yet read, where `how` is open_file."""
-        tensors = {}
-        for theirs, mapped in how(file, some).items():
+        found, tensors = how(file, some), {}
+        if stamp(file) != self._stamps[file]:
+            raise ValueError(f"{file} was replaced while it was read; expected it to stay")
+        for theirs, mapped in found.items():
             for name, x in split_fused(rename(theirs), mapped):
                 if theirs.endswith(BUFFERS) or name.startswith(self.drop):
                     continue
                 if name in tensors:
                     raise ValueError(f"{file} holds {name} twice, the second time as {theirs}")
-                if not x.is_floating_point() and not self.quantized(name):
+                if self.quantized(name):
+                    wanted = quant.WHOLE[self.scheme] if name.endswith("weight") else torch.float32
+                    if x.dtype != wanted:
+                        raise ValueError(f"{file}: {theirs} is {x.dtype}; expected {wanted}")
+                elif not x.is_floating_point():
                     raise ValueError(f"{file}: {theirs} is {x.dtype}; expected floating point, not quantised weights")
                 tensors[name] = x
         return tensors
@@ -110,7 +124,7 @@ class Part:
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of the files', mapped, not yet read."""
-        found = {}
+        found, _ = {}, self._stamps
         for file in self.files:
             tensors = self.open(file)
             if twice := found.keys() & tensors.keys():
@@ -136,7 +150,11 @@ class Part:
         wanted = {name: x.dtype if self.quantized(name) else dtype for name, x in self.tensors.items()}
         as_is = not passing and device.type == "cpu" and all(x.dtype == wanted[name] for name, x in self.tensors.items())
         if as_is:
-            yield from ((name, x.contiguous()) for name, x in self.tensors.items())
+            places = set()
+            for name, x in self.tensors.items():
+                x = x.contiguous()
+                yield name, x.clone() if x.data_ptr() in places else x  # in a .bin two may be one and the same
+                places.add(x.data_ptr())
             return
         carrier = Carrier(device) if device.type == "cuda" else None
         for file in self.files:
@@ -147,6 +165,12 @@ class Part:
                     x = tensors.pop(name)
                     yield name, x.to(device, wanted[name], copy=not carrier).contiguous()
                 x = tensors = None  # the old mapping goes before the new one comes
+
+
+def stamp(file: Path) -> tuple[int, ...]:
+    """What differs once a file has been replaced, or written to."""
+    about = file.stat()
+    return about.st_size, about.st_mtime_ns
 
 
 def groups(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
@@ -172,7 +196,7 @@ class Carrier:
 
     def __init__(self, device: torch.device, buffers: Sequence[tuple[torch.Tensor, torch.cuda.Event]] = ()):
         """buffers: memory that the GPU fetches from by itself, and when it last had done so."""
-        new = ((torch.empty(2**26, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2))
+        new = ((torch.empty(2**26, dtype=torch.uint8, device="cpu", pin_memory=True), torch.cuda.Event()) for _ in range(2))
         self._device, self._threads = device, ThreadPoolExecutor(16)
         self._buffers = itertools.cycle(buffers or new)
 

@@ -17,9 +17,11 @@ A GPU is never waited for while there is something to do: the next steps are lau
 to the host, so that a token which ends the answer is seen AHEAD steps late, and what followed it is dropped.
 """
 
+import functools
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from numbers import Integral
 
 import torch
 import torch.nn as nn
@@ -57,7 +59,7 @@ class Memory:
             self.forget()
         if pixels is None:
             return None
-        if self.pixels is None or not torch.equal(pixels, self.pixels):
+        if self.pixels is None or not torch.equal(pixels.to(self.pixels.device), self.pixels):
             weight = model.llama.embed_tokens.weight
             self.patches, self.ids = model.encode_images(pixels.to(weight.device, weight.dtype)), []
             self.pixels = pixels.clone()  # the caller may draw into his
@@ -102,8 +104,8 @@ def generate(
     or don't fit the context.
     """
     config, memory = model.config, memory or Memory()
-    if isinstance(prompts, torch.Tensor) or any(isinstance(p, (int, torch.Tensor)) for p in prompts):
-        raise ValueError("the prompts are a tensor, or a single one; expected a list of lists of ids")
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, (list, tuple)) for p in prompts):
+        raise ValueError("the prompts are a tensor, or a single one, or something else; expected a list of lists of ids")
     rows = [expand(p, config.vision.patches) for p in prompts]
     if max_new_tokens is None:
         max_new_tokens = room(config, max(map(len, rows), default=0))
@@ -198,13 +200,14 @@ def room(config: ViPLLaVAConfig, length: int) -> int:
 
 def _check_request(config, prompts, rows, pixels, max_new_tokens: int) -> bool:
     """Is one image meant for all prompts? ValueError: something doesn't match."""
-    if not prompts or not all(prompts) or max_new_tokens < 0:
+    if not prompts or not all(prompts) or not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
         raise ValueError(
             f"{len(prompts)} prompts of {[len(p) for p in prompts]} tokens, max_new_tokens {max_new_tokens}; "
-            "expected one prompt or more, none of them empty, and no less than 0 tokens to follow"
+            "expected one prompt or more, none of them empty, and a whole number of 0 or more tokens to follow"
         )
-    if pixels is not None and not (isinstance(pixels, torch.Tensor) and pixels.is_floating_point()):
-        raise ValueError(f"pixels are {getattr(pixels, 'dtype', type(pixels).__name__)}; expected what clip.preprocess returns")
+    if pixels is not None and not (isinstance(pixels, torch.Tensor) and pixels.is_floating_point() and pixels.dim() == 4):
+        what = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, torch.Tensor) else type(pixels).__name__
+        raise ValueError(f"pixels are {what}; expected (I, 3, S, S), each as clip.preprocess returns it")
     asked, given = [list(p).count(IMAGE) for p in prompts], 0 if pixels is None else len(pixels)
     shared = given == 1 and set(asked) == {1}
     if sum(asked) != given and not shared:
@@ -222,7 +225,10 @@ def _check_request(config, prompts, rows, pixels, max_new_tokens: int) -> bool:
 
 def compile_steps(model: ViPLLaVA) -> None:
     """torch.compile the blocks, each once for all layers; the first call for a shape is slow. On a GPU a look at an image,
-    a lone prompt and a decoding step become CUDA graphs, too."""
+    a lone prompt and a decoding step become CUDA graphs, too. Once is enough, and a second time changes nothing."""
+    if isinstance(model.encode_images, Replayed):
+        return
+    torch._dynamo.config.recompile_limit = 64  # of the shapes that batches come in
     for part in (*model.vision.layers, *model.llama.layers, model.llama.norm, model.llama.lm_head):
         part.forward = torch.compile(part.forward)
     if model.llama.embed_tokens.weight.is_cuda:
@@ -299,8 +305,9 @@ class Replayed:
         known = self.recordings.setdefault(rest[0] if rest else self, {})
         key = x.shape, *rest[1:]
         if key not in known:
-            known[key] = None
-            return self.function(x, *rest)
+            y = self.function(x, *rest)
+            known[key] = None  # now that all is compiled: no call was interrupted
+            return y
         if known[key] is None:
             pool = next((recorded[0].pool() for recorded in known.values() if recorded), None)
             known[key] = self._record(pool, x, *rest)
@@ -312,6 +319,12 @@ class Replayed:
     def _record(self, pool, x: torch.Tensor, *rest) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
         """A graph, what it reads and what it writes. pool: the memory that it may use, of other graphs; None: its own."""
         graph, kept = torch.cuda.CUDAGraph(), x.clone()
-        with torch.cuda.device_of(x), torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.device_of(x), torch.cuda.graph(graph, pool=pool, stream=capture_stream(x.device)):
             y = self.function(kept, *rest)
         return graph, kept, y
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that a GPU's graphs are recorded on: PyTorch has one for all GPUs, that of the first."""
+    return torch.cuda.Stream(device)

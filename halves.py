@@ -74,14 +74,18 @@ def widen(model: nn.Module) -> None:
 # -- one row -----------------------------------------------------------------------------------------------------------
 
 
+switching = threading.Lock()  # oneDNN is on or off for all threads
+
+
 def row_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """F.linear without oneDNN, which would have it: its product of one row reads, depending on the CPU, weights at a
     quarter to two thirds of memory's speed, PyTorch's own at half of it or nearly all."""
-    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
-    try:
-        return F.linear(x, weight, bias)
-    finally:
-        torch.backends.mkldnn.enabled = before
+    with switching:
+        before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+        try:
+            return F.linear(x, weight, bias)
+        finally:
+            torch.backends.mkldnn.enabled = before
 
 
 def compiled_row_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -105,7 +109,7 @@ class Scratch(threading.local):
     def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         size = math.prod(shape) * dtype.itemsize
         if self.memory is None or self.memory.nbytes < size:
-            self.memory = torch.empty(max(size, 4 * BLOCK), dtype=torch.uint8)
+            self.memory = torch.empty(max(size, 4 * BLOCK), dtype=torch.uint8, device="cpu")
         return self.memory[:size].view(dtype).view(shape)
 
 

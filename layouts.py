@@ -26,7 +26,7 @@ import math
 
 import torch
 
-from chat import TEMPLATES
+from chat import TEMPLATES, stop_ids
 from clip import CLIP, MEAN, STD, TextConfig, VisionConfig
 from llama import LlamaConfig
 from tokenizer import CLIPTokenizer, Tokenizer
@@ -152,9 +152,18 @@ def _sizes(config: dict, table: dict, act: str) -> dict:
 def _positive(config: dict, key: str, default: float | None, whole: bool):
     value = default if config.get(key) is None else config[key]
     kind = int if whole else (int, float)
-    if value is not None and (not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf):
+    most = 2**31 if whole else math.inf
+    if value is not None and (not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < most):
         raise ValueError(f"the config says {key} {value!r}; expected a {'whole ' * whole}number above 0")
     return value
+
+
+def _one_of(given: dict, default: float, whole: bool):
+    """The value of two keys for the same thing. ValueError: they contradict each other."""
+    (key, value), (other, also) = given.items()
+    if None not in (value, also) and value != also:
+        raise ValueError(f"the config says {key} {value!r}, and {other} {also!r}; expected the same")
+    return _positive(given, other if value is None else key, default, whole)
 
 
 def section(config: dict, key: str, default: dict | None) -> dict | None:
@@ -175,7 +184,8 @@ def text_config(config: dict, rows: int) -> LlamaConfig:
     kind = config.get("model_type", "llama")
     if kind not in LLAMAS + OTHERS:
         raise ValueError(f"the language model is a {kind!r}; expected one of {', '.join(LLAMAS + OTHERS)}")
-    if kind in OTHERS and (silent := [key for key, _ in TEXT.values() if key not in config]):
+    needed = [key for key, _ in TEXT.values()] + ["sliding_window"] * (kind == "mistral")
+    if kind in OTHERS and (silent := [key for key in needed if key not in config]):
         raise ValueError(f"the config of the language model, a {kind}, lacks {', '.join(silent)}")
     sizes = _sizes(config, TEXT, "silu")
     rope = {**section(config, "rope_scaling", {}), **section(config, "rope_parameters", {})}
@@ -186,7 +196,8 @@ def text_config(config: dict, rows: int) -> LlamaConfig:
             raise ValueError(f"the config of the language model says {key} {given!r}; only {only!r} is known here")
     sizes["vocab_size"] = sizes["vocab_size"] or rows
     sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
-    theta = _positive(config, "rope_theta", _positive(rope, "rope_theta", 10_000, whole=False), whole=False)
+    thetas = {"rope_theta": config.get("rope_theta"), "rope_parameters' rope_theta": rope.get("rope_theta")}
+    theta = _one_of(thetas, 10_000, whole=False)
     window = _positive(config, "sliding_window", None, whole=True) if kind in OTHERS else None
     return LlamaConfig(**sizes, rope_theta=float(theta), window=window)
 
@@ -226,6 +237,9 @@ def join_configs(config: dict, text: LlamaConfig, vision: VisionConfig, inputs: 
     # The official layout has no image token. Its first free id is the first without a token, or without a row.
     free = min(text.vocab_size, 1 + max(tokenizer.vocab_size - 1, *tokenizer.specials.values()))
     free = tokenizer.specials.get("<image>", free)  # a decoder may come from another LLaVA
+    image = _one_of({key: config.get(key) for key in ("image_token_index", "image_token_id")}, free, whole=True)
+    if image < (words := max(tokenizer.vocab_size, 1 + max(stop_ids(tokenizer, template)))):
+        raise ValueError(f"<image> is token {image}; expected {words} or more, as nothing from it on is ever said")
     layers, L = feature_layers(config, inputs, vision.width), vision.layers
     if not all(-L - 1 <= i <= L for i in layers):
         raise ValueError(f"feature layers {layers} came with an image tower of {L}; expected some of {-L - 1}…{L}")
@@ -234,7 +248,7 @@ def join_configs(config: dict, text: LlamaConfig, vision: VisionConfig, inputs: 
         text=text,
         feature_layers=layers,
         projector_eps=_positive(config, "projector_layernorm_eps", 1e-5, whole=False),
-        image_token_id=_positive(config, "image_token_index", _positive(config, "image_token_id", free, True), True),
+        image_token_id=image,
         template=template,
     )
 

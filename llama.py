@@ -282,7 +282,7 @@ def sample(
     if top_p < 1:
         ordered, index = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens: 0 for the first, which stays
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= top_p)
+        drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, (before >= top_p) & (before > 0))
         logits = logits.masked_fill(drop, float("-inf"))
     # As torch.multinomial does it, which would make the host wait: of clocks that ring at these rates, the first.
     chances = logits.softmax(dim=-1)

@@ -234,7 +234,7 @@ def pack_for_gpu(q: torch.Tensor) -> torch.Tensor:
 @cache
 def cpu_layout() -> Callable | None:
     """Which of them undoes this CPU's packing; None: it is another one."""
-    q = torch.arange(64 * 32).remainder(13).view(64, 32)
+    q = torch.arange(64 * 32, device="cpu").remainder(13).view(64, 32)
     packed = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1)
     known = (partial(from_blocks, block=block) for block in (64, 32))
     return next((back for back in known if torch.equal(back(packed), q.T)), None)
@@ -248,6 +248,7 @@ def gpu_layout(device: torch.device) -> Callable | None:
 
 
 SCHEMES = {"int8": Int8Linear, "int4": Int4Linear}
+WHOLE = {"int8": torch.int8, "int4": torch.uint8}  # what their weights are in a file
 
 
 def quantize(model: nn.Module, scheme: str) -> nn.Module:

@@ -1,4 +1,6 @@
-"""Would prompt lookup pay? It speculates that an answer repeats: what followed the last two tokens when they came before,
+"""Would prompt lookup pay? What it would bring, and what it costs.
+
+It speculates that an answer repeats: what followed the last two tokens when they came before,
 in the prompt or the answer, is proposed, and one step of the decoder tells how much of that is what it would have said
 itself. Greedy answers stay the same, to the token (Saxena, "Prompt Lookup Decoding", 2023; speculative decoding: Leviathan
 et al., arXiv 2211.17192).
@@ -18,7 +20,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from functools import partial
 

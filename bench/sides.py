@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from commandline import out_of_memory
+
 CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -19,10 +21,12 @@ def serve(make: Callable, arguments: tuple, pipe) -> None:
             method, given = request
             pipe.send(getattr(work, method)(*given))
     except Exception as error:
-        mistake = isinstance(error, (ValueError, OSError))  # the person's
-        return pipe.send(error if mistake else RuntimeError(f"{type(error).__name__}: {error}"))
+        if out_of_memory(error):
+            error = MemoryError(str(error))
+        told = isinstance(error, (ValueError, OSError, MemoryError))  # in one line
+        return pipe.send(error if told else RuntimeError(f"{type(error).__name__}: {error}"))
     scale = 1 if sys.platform == "darwin" else 1024
-    on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
+    on_gpu = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     pipe.send(on_gpu or scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 

@@ -188,7 +188,7 @@ def differing(results: dict[str, dict]) -> list[str]:
 def report(args, config, results, peers, speed: float, peak: dict[str, float]) -> None:
     """The table of one race."""
     cuda = args.device.type == "cuda"
-    machine = torch.cuda.get_device_name() if cuda else (
+    machine = torch.cuda.get_device_name(args.device) if cuda else (
         f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ["torch", *peers] if name != "gpt-fast")
     most = {"bfloat16": max(peak.values()), "float32": peak["float32"]}  # 16 bits may be multiplied in 32

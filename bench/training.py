@@ -237,7 +237,7 @@ def main(argv: list[str]) -> None:
     installed = ["torch", *(side.name for side in sides if side.name != "ours")]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in installed)
     cuda = args.device.type == "cuda"
-    machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name(args.device) if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
     tokens = config_of(args).vision.patches + args.tokens
     what = f"{args.size} ({count:.1f} M), {args.train}, batch {args.batch} x {tokens} tokens, {args.precision}"
     print(f"{what}; {machine}; {versions}; MFU of {peak:.3g} TFLOP/s")

@@ -146,7 +146,7 @@ def clip_towers(tmp):
         text_config=dict(vocab_size=len(vocab), hidden_size=36, intermediate_size=52, num_hidden_layers=2,
                          projection_dim=20, num_attention_heads=6, max_position_embeddings=30,
                          eos_token_id=len(vocab) - 1),
-        vision_config=dict(image_size=28, patch_size=7, hidden_size=24, num_hidden_layers=5, num_attention_heads=3,
+        vision_config=dict(image_size=28, patch_size=7, hidden_size=24, num_hidden_layers=11, num_attention_heads=3,
                            intermediate_size=40, projection_dim=20),
         projection_dim=20,
     )

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks, and in the processes that tests start
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"  # which sample.py would set for all tests after its own
 
 import pytest
 from tokenizers import Regex, Tokenizer as BPETokenizer, decoders, models, pre_tokenizers, trainers

@@ -61,7 +61,7 @@ PROMPTS = [                              # template, turns as (question, answer,
     ("plain", [["", None, True]], "<image>"),
     ("llava_phi_3", ONE, f"<|system|>\n{VISION}<|end|>\n<|user|>\n<image>\n{Q1}<|end|>\n<|assistant|>\n"),
     ("llava_phi_3", TWO, f"<|system|>\n{VISION}<|end|>\n<|user|>\n<image>\n{Q1}<|end|>\n<|assistant|>\n{A1}<|end|>\n"
-                         f"<|user|>\n{Q2}<|end|>\n<|assistant|>\n{A2}<|end|>"),
+                         f"<|user|>\n{Q2}<|end|>\n<|assistant|>\n{A2}<|end|>\n"),
 ]
 IMAGE, PHI_3 = -200, {"<|endoftext|>": 500, "<|assistant|>": 501, "<|system|>": 506, "<|end|>": 507, "<|user|>": 510}
 

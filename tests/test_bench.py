@@ -4,6 +4,7 @@ import importlib.util
 import json
 
 import pytest
+import torch
 
 from bench import bits, images, kernels, lookup, records, sides, speed, training
 from commandline import run
@@ -81,6 +82,12 @@ def test_a_side_says_what_went_wrong():
     """Guards against "too little memory?" for a mistake in the code."""
     with pytest.raises(RuntimeError, match="mine: TypeError: int"):
         sides.Side("mine", int, [1]).start()
+    with pytest.raises(MemoryError, match="no room"):  # in one line
+        sides.Side("mine", no_memory).start()
+
+
+def no_memory():
+    raise torch.OutOfMemoryError("no room")
 
 
 def test_flops():

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import checkpoint
 import files
+import halves
 import layouts
 from chat import IMAGE
-from clip import CLIP, TextConfig, VisionConfig
+from clip import CLIP, TextConfig, VisionConfig, preprocess
 from generate import generate
 from llama import LlamaConfig
 from tokenizer import Tokenizer
@@ -407,6 +409,11 @@ def test_an_unknown_number_of_layers_is_refused(tmp_path):
     ("text_config", {"rms_norm_eps": float("nan")}, ("rms_norm_eps nan",)),
     ("text_config", {"rope_parameters": [10]}, ("rope_parameters [10]", "object")),
     ("text_config", {"rope_theta": "10k"}, ("rope_theta '10k'",)),
+    ("text_config", {"rope_parameters": {"rope_theta": 1e4}}, ("rope_theta 5000.0", "rope_theta 10000.0; expected the same")),
+    ("text_config", {"intermediate_size": 10**30}, ("intermediate_size 1000000000",)),
+    ("text_config", {"model_type": "mistral"}, ("a mistral, lacks sliding_window",)),
+    (None, {"image_token_id": VOCAB + 1}, (f"image_token_index {VOCAB}, and image_token_id {VOCAB + 1}",)),
+    (None, {"image_token_index": 3}, (f"<image> is token 3; expected {VOCAB} or more",)),
     ("vision_config", {"patch_size": 0}, ("patch_size 0",)),
     (None, {"vision_config": 7}, ("vision_config 7", "object")),
     (None, {"text_config": []}, ("text_config []", "object")),
@@ -435,6 +442,16 @@ def test_templates():
     for name, template in (("<|end|>", "llava_phi_3"), ("<|eot_id|>", "llava_llama_3")):
         spec["added_tokens"] = TOKENIZER.spec["added_tokens"] + [{"id": 900, "content": name, "special": True}]
         assert join({}, Tokenizer(spec)) == template
+
+
+def test_an_answer_can_end():
+    """Guards against a Llama-3 whose image stands before the tokens that end an answer: they would never be said."""
+    ends = [{"id": VOCAB + 8, "content": "<|eot_id|>", "special": True}]
+    tokenizer = Tokenizer({**TOKENIZER.spec, "added_tokens": [*TOKENIZER.spec["added_tokens"], *ends]})
+    text = replace(TEXT, vocab_size=VOCAB + 16)
+    assert layouts.join_configs({"image_token_index": VOCAB + 9}, text, VISION, 120, tokenizer).image_token_id == VOCAB + 9
+    with pytest.raises(ValueError, match=f"<image> is token {VOCAB + 2}; expected {VOCAB + 9} or more"):
+        layouts.join_configs({"image_token_index": VOCAB + 2}, text, VISION, 120, tokenizer)
 
 
 def test_an_image_token_that_the_tokenizer_has(tmp_path):
@@ -565,6 +582,19 @@ def test_a_failed_save_leaves_the_old_model(tmp_path, model, monkeypatch):
 
 
 # -- dtype and memory ------------------------------------------------------------------------------------------------
+
+
+def test_a_default_device_changes_nothing(tmp_path, model):
+    """Guards against buffers that go where new tensors do, here to a device without memory."""
+    checkpoint.save(model, TOKENIZER, tmp_path / "a")
+    image = Image.new("RGB", (30, 20), "red")
+    expected = preprocess(image, 21)
+    with torch.device("meta"):
+        assert torch.equal(preprocess(image, 21), expected)
+        for dtype in (torch.float32, torch.bfloat16):
+            loaded, _ = checkpoint.load(tmp_path / "a", "cpu", dtype)
+            assert not any(p.is_meta for p in loaded.parameters())
+            assert halves.scratch.room((3, 4), dtype).device.type == "cpu"
 
 
 def test_default_dtype():

@@ -81,10 +81,10 @@ def test_a_stream_that_is_closed_is_empty(closed, body, status):
     assert process.returncode == status and process.stdout.strip() == "" and process.stderr == ""
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "meta", "abacus", "cpu:3"])
+@pytest.mark.parametrize("name", ["cuda:99", "meta", "abacus", "cpu:3", ""])
 def test_a_device_that_is_not_here_is_refused(name):
     """Guards against a device that is taken for another, or that is only missed when the weights have been read."""
-    with pytest.raises(ValueError, match=f"no device '{name}' here; expected cpu"):
+    with pytest.raises(ValueError, match=f"no device {name!r} here; expected cpu"):
         check_device(name)
     assert check_device("cpu") == check_device(None) == torch.device("cpu")
 
@@ -95,6 +95,8 @@ def test_a_gpu_that_cannot_be_used_says_why(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("it is busy\nat 0x1")))
     with pytest.raises(ValueError, match=r"no device 'cuda' here \(it is busy\); expected cpu or cuda"):
         check_device(None)
+    with pytest.raises(ValueError, match=r"no device 'cuda' here \(it is busy\); expected cpu or cuda"):
+        check_device("cuda")
 
 
 def test_processes_take_gpus_of_their_own(monkeypatch):

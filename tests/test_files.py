@@ -47,6 +47,45 @@ def test_carried_in_pieces(dtype, shape, tmp_path, monkeypatch):
         assert sum(fence.waited for fence in fences) == max(0, pieces - 2)
 
 
+@pytest.mark.parametrize("passing", [False, True])
+def test_a_file_that_is_replaced_is_no_longer_read(tmp_path, monkeypatch, passing):
+    """Guards against a model of two: tensors of one that was saved anew while it was loaded."""
+    monkeypatch.setattr(files, "SMALL", 1)
+    path = tmp_path / "model.safetensors"
+    names = [f"language_model.model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
+    save_file({name: torch.zeros(4, 4) for name in names}, path)
+    part = files.Part((path,))
+    reading = part.read(torch.device("cpu"), torch.float32 if passing else torch.bfloat16, passing)
+    assert next(reading)[1].eq(0).all()
+    save_file({name: torch.ones(4, 4) for name in names}, tmp_path / "new")
+    (tmp_path / "new").replace(path)
+    with pytest.raises(ValueError, match="model.safetensors was replaced while it was read"):
+        list(reading)
+
+
+def test_tensors_that_are_one_become_two(tmp_path):
+    """Guards against a head and embeddings that share memory, so that an adapter merged into one changes the other."""
+    shared = torch.randn(6, 4)
+    torch.save({"lm_head.weight": shared, "model.embed_tokens.weight": shared}, tmp_path / "x.bin")
+    (_, one), (_, two) = files.Part((tmp_path / "x.bin",)).read(torch.device("cpu"), torch.float32)
+    assert torch.equal(one, shared) and torch.equal(two, shared) and one.data_ptr() != two.data_ptr()
+
+
+@pytest.mark.parametrize("tensors", [{1: torch.zeros(2)}, {"a": torch.zeros(2).to_sparse()}, {"a": torch.zeros(2, device="meta")}])
+def test_what_is_no_plain_tensor_is_refused(tmp_path, tensors):
+    """Guards against a traceback, and against weights without values."""
+    torch.save(tensors, tmp_path / "x.bin")
+    with pytest.raises(ValueError, match="x.bin holds a dict; expected a dict of names and dense tensors"):
+        files.open_file(tmp_path / "x.bin")
+
+
+def test_tensors_that_share_memory_are_not_written(tmp_path):
+    """Guards against a traceback of another library's."""
+    x = torch.zeros(3)
+    with pytest.raises(OSError, match="x.safetensors can't be written .*share memory"):
+        files.write_tensors({"a": x, "b": x}, tmp_path / "x.safetensors")
+
+
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
     """Guards against a traceback of another library's, and half a file that looks like weights."""
 

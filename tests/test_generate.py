@@ -345,9 +345,13 @@ def test_what_is_no_request_is_refused():
     """Guards against pixels of 0 to 255 that are taken for normalised ones, and tracebacks for tensors of ids."""
     model, pixels = small(1)
     for prompts, images, words in ((PROMPTS[:1], pixels[:1].to(torch.uint8), "pixels are torch.uint8"), (PROMPTS[:1], [1], "pixels are list"),
-                                   (torch.tensor([[1, 2]]), None, "expected a list of lists"), ([1, 2], None, "expected a list of lists")):
+                                   (PROMPTS[:1], torch.tensor(0.0), r"pixels are torch.float32 \(\)"), (PROMPTS[:1], pixels[0], r"expected \(I, 3, S, S\)"),
+                                   (torch.tensor([[1, 2]]), None, "expected a list of lists"), ([1, 2], None, "expected a list of lists"),
+                                   (None, None, "expected a list of lists"), (["ab"], None, "expected a list of lists")):
         with pytest.raises(ValueError, match=words):
             next(generate(model, prompts, images, max_new_tokens=1))
+    with pytest.raises(ValueError, match="a whole number of 0 or more tokens"):
+        next(generate(model, PROMPTS[:1], pixels[:1], max_new_tokens=3.0))
 
 
 def test_steps_are_launched_ahead_and_what_comes_too_late_is_dropped(monkeypatch):
@@ -461,7 +465,8 @@ def test_replayed(monkeypatch):
         return y
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Recording(calls))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: pools.append(pool) or graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: pools.append(pool) or graph)
+    monkeypatch.setattr("generate.capture_stream", lambda device: None)
     Rest = type("Rest", (), {})
     replayed, one, other = Replayed(double), Rest(), Rest()
     asked = [([1.0], one), ([2.0], one), ([3.0], one), ([4.0, 5.0], one), ([6.0, 7.0], one), ([8.0], one)]
@@ -475,6 +480,23 @@ def test_replayed(monkeypatch):
     alive = weakref.ref(other)
     del other, asked, rest
     assert alive() is None  # a cache that nobody else has is not held
+
+
+def test_a_first_call_that_was_interrupted_is_not_recorded_next():
+    """Guards against Ctrl-C while things are compiled, after which they would be compiled while a graph is recorded."""
+    ran = []
+
+    def function(x: torch.Tensor, rest) -> torch.Tensor:
+        ran.append(1)
+        if len(ran) == 1:
+            raise KeyboardInterrupt
+        return x
+
+    replayed, rest = Replayed(function), type("Rest", (), {})()
+    replayed._record = lambda *_: pytest.fail("recorded")
+    with pytest.raises(KeyboardInterrupt):
+        replayed(torch.zeros(1), rest)
+    assert replayed(torch.ones(1), rest).item() == 1
 
 
 def record_nothing(self, pool, x, *rest):

@@ -3,6 +3,8 @@
     python -m pytest tests/test_halves.py
 """
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,6 +52,30 @@ def test_one_row_leaves_the_switch_as_it_was(dtype):
     halves.widen(layer)
     with pytest.raises(RuntimeError):
         layer(torch.zeros(1, 1, 32, dtype=dtype))
+    assert torch.backends.mkldnn.enabled
+
+
+def test_threads_leave_the_switch_as_it_was(monkeypatch):
+    """Guards against: oneDNN off for good, where one thread finds it off because another is multiplying, and says so last."""
+    layer, inside, go = torch.nn.Linear(64, 48, dtype=torch.bfloat16), threading.Event(), threading.Event()
+    halves.widen(layer)
+    plain = F.linear
+
+    def slow(*args):
+        if threading.current_thread() is first:
+            inside.set()
+            go.wait(5)
+        return plain(*args)
+
+    monkeypatch.setattr(halves.F, "linear", slow)
+    first, second = (threading.Thread(target=layer, args=[torch.zeros(1, 64, dtype=torch.bfloat16)]) for _ in range(2))
+    first.start()
+    inside.wait(5)
+    second.start()
+    second.join(0.2)  # it waits
+    go.set()
+    for thread in (first, second):
+        thread.join()
     assert torch.backends.mkldnn.enabled
 
 

@@ -383,7 +383,7 @@ def test_frequencies(options, expected):
     assert ((frequencies - expected).abs() < 0.04).all(), frequencies
 
 
-@pytest.mark.parametrize("options", [dict(top_k=1), dict(top_p=1e-9), dict(top_p=0.39), dict(temperature=1e-3)])
+@pytest.mark.parametrize("options", [dict(top_k=1), dict(top_p=1e-9), dict(top_p=1e-50), dict(top_p=0.39), dict(temperature=1e-3)])
 def test_one_token_always_remains(options):
     """Guards against: top_p below the largest probability leaving nothing, and NaN."""
     assert draws(count=50, **(dict(temperature=1.0) | options)).tolist() == [0, 1, 0, 0, 0]

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import one_line, with_compiler
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import lora
@@ -239,6 +240,20 @@ def test_on_loading_and_from_a_file_are_the_same(base, scheme, error, size, dtyp
     matrices = [p.nbytes for name, p in plain.state_dict().items() if quant.TARGET.fullmatch(name)]
     smaller = [x.nbytes for name, x in again.state_dict().items() if quant.TARGET.fullmatch(name)]
     assert sum(smaller) / sum(matrices) < size * 2 / dtype.itemsize
+
+
+@pytest.mark.parametrize("scheme, part, dtype", [
+    ("int8", "weight", torch.uint8), ("int8", "scale", torch.float16), ("int4", "weight", torch.int8), ("int4", "low", torch.int32),
+])
+def test_numbers_of_another_type_are_refused(base, tmp_path, scheme, part, dtype):
+    """Guards against bits that are taken for another number, which answer nonsense, and a kernel's traceback."""
+    assert run(quant.main, [str(base), str(tmp_path / "small"), "--bits", scheme[-1]]) == 0
+    path = tmp_path / "small" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith(f"down_proj.{part}"))
+    save_file(tensors | {name: tensors[name].to(dtype)}, path)
+    with pytest.raises(ValueError, match=f"{name} is {dtype}; expected torch.[a-z0-9]+"):
+        checkpoint.load(tmp_path / "small", "cpu", torch.float32)
 
 
 def test_an_adapter_is_merged_before(base, tmp_path):
