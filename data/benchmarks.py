@@ -13,6 +13,11 @@
 | OUT/flickr30k-test.json      | a caption of marked objects                                                      |
 | OUT/ViP-Bench                | free questions in turn, for all six capabilities; letters and digits on objects  |
 
+Two things the pictures show otherwise than the answers say. Shapes are stretched by up to 12 %, and corners and lines of
+symmetry are those of the shape before. And a mask tints its object, of RefCOCOg and VCR too, where the answer is the color
+without it: at half transparency, in one of two such questions another of the eight colors is nearer then. (In Flickr30k's
+captions neighbours may be a pixel apart: from left to right is then hard to tell.)
+
 A record's scene is a function of (split, seed, its number, the benchmark), and no training sees the split "test". With
 `--split train` the files are called v7w-train.json, and so on, and train.py reads them.
 """
@@ -112,7 +117,7 @@ def vcr(generator: np.random.Generator, side: int) -> Made:
     meta = {"boxes": [[*thing.box, 1.0] for thing in scene.objects],
             "segms": [[[list(point) for point in thing.polygon]] for thing in scene.objects]}
     return Made(scene, [{
-        "class_names": ["object"] * len(scene.objects), "question": ["Where is", [a], ", seen from", [b], "?"],
+        "class_names": ["object"] * len(scene.objects), "question": ["Where is", [a], ",", "seen from", [b], "?"],
         "answer_choices": [[[a], f"is {answer}", [b], "."] for answer in answers],
         "answer_label": answers.index(way),
         "rationale_choices": [[[a], WAYS[reason], [b], "."] for reason in reasons],

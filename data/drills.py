@@ -163,7 +163,8 @@ def _both_ways(a: Object, b: Object, *words: str) -> list[tuple[str, str]]:
 
 
 def choices(generator: np.random.Generator, size: tuple[int, int]) -> Sample:
-    """A question with four options about four marked things: which look, place, marker or relation, by its letter."""
+    """A question with four options about four marked things: which look, place, marker or relation, by its letter, half
+    of the time with the option before it."""
     scene, things, markers = _marked(generator, size, 4)
     (k, other), looks = generator.permutation(4)[:2].tolist(), list(map(look_of, things))
     words, seen_from = phrase(markers[k]), phrase(markers[other])

@@ -10,8 +10,10 @@ Pitfall: bytes are read as Latin-1 while we look for the ends of records, one ch
 the text are positions in the file. JSON's own signs are ASCII, and what is decoded on the way is thrown away.
 """
 
+import contextlib
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -45,7 +47,7 @@ class JSONFile(Sequence):
     def _load(self) -> np.ndarray | None:
         try:
             table = np.load(self._index, mmap_mode="r")
-        except (ValueError, OSError, EOFError):  # damaged: as good as none
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile):  # damaged: as good as none
             return None
         good = table.ndim == 2 and table.shape[1] == 3 and table.dtype == np.int64 and len(table)
         return table if good and table[0].tolist() == self._stamp() else None
@@ -67,7 +69,9 @@ class JSONFile(Sequence):
             with open(beside, "wb") as file:
                 np.save(file, table)
             beside.replace(self._index)
-        except OSError:  # a folder that can't be written: the next start reads the file through again
+        except OSError:  # a folder that can't be written, or is full: the next start reads the file through again
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
             return table
         return np.load(self._index, mmap_mode="r")
 
@@ -148,9 +152,10 @@ def _array(file, path: Path) -> Iterator[tuple[int, int, int]]:
                 except RecursionError:
                     raise ValueError(f"{path}, line {line}: a record nested too deeply") from None
                 except ValueError as error:  # damaged, or cut by the window
+                    reason = getattr(error, "msg", error)  # a number too long for Python has none
                     more = "" if len(text) - at > LONGEST else file.read(max(WINDOW, len(text) - at)).decode("latin-1")
                     if not more:
-                        raise ValueError(f"{path}, line {line}: a damaged record ({error.msg})") from None
+                        raise ValueError(f"{path}, line {line}: a damaged record ({reason})") from None
                     text, base, at, counted = text[at:] + more, base + at, 0, 0
             yield base + at, base + end, line
             at, due = end, ","

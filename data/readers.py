@@ -18,7 +18,8 @@ A Plan holds regions, and a function that writes questions and answers once the 
 
 Where we leave the released code: a record with an image always shows it; a marker that must be named is named, also in
 refcocog, and also where its color has no name; several markers can be told apart by their words; a record that is bad
-is never swapped for another. Boxes are x0, y0, x1, y1, polygons x, y, x, y, …, in pixels of the upright image.
+is never swapped for another; what training asks about VCR and Flickr30k is said in other words, and in fewer. Boxes are
+x0, y0, x1, y1, polygons x, y, x, y, …, in pixels of the upright image.
 """
 
 import difflib
@@ -104,7 +105,8 @@ def dialogue(record: dict) -> list[tuple[str, str]]:
     if places not in ([], [0]) or places and not record.get("image"):
         where = f"{len(places)} times <image>, in turns {', '.join(str(i + 1) for i in places)}"
         raise ValueError(f"{where}; expected it once at most, in the first, and an image with it")
-    values[0] = values[0].replace("<image>", "").strip()
+    if places:
+        values[0] = values[0].replace("<image>", "").strip()
     return list(zip(values[::2], values[1::2]))
 
 
@@ -259,8 +261,8 @@ def _flickr30k(record, images, generator) -> Plan:
         bare = [word.split(" ", 1)[1].removeprefix("to by ") for word in words]  # "the red arrow"
         hint = f" The visual prompts are: {', '.join(bare)}." if hinted else ""
         ((text, _),) = fill_in([(caption, "")], "bbox", words if named else [""] * len(words))
-        text = re.sub(r" ([,.;:!?])", r"\1", " ".join(text.split()))  # before which words may have gone
-        text = text[:1].upper() + text[1:]
+        text = re.sub(r" ([,.;:!?])", r"\1", " ".join(text.split())).rstrip(",")  # before which words may have gone
+        text = re.sub(r",(?=[^\W\d])", ", ", text[:1].upper() + text[1:])
         return [(question + hint, text if text.endswith((".", "!", "?")) else f"{text}.")]
 
     regions = [[Region(box=box) for box in boxes] for boxes in groups]
@@ -369,12 +371,13 @@ def vcr_words(names: list[str], things: list[int], words: list[str]) -> dict[int
 
 
 def sentence(parts: list, said: dict[int, str]) -> str:
-    """["Why is", [0, 2], "here", "?"] -> "Why is the person … and the dog … here?"."""
+    """["Why is", [0, 2], "here", "?"] -> "Why is the person … and the dog … here?". As in the released code, only an object
+    at the beginning gets a capital, and all but a lone mark of punctuation stands apart: "the person … 's hand"."""
     text = ""
     for part in parts:
         more = " and ".join(said[i] for i in part) if isinstance(part, list) else str(part)
-        text += more if not text or more[:1] in ".,?!:;'" else f" {more}"
-    return text[:1].upper() + text[1:]
+        text += more if not text or more in {".", ",", "?", "!", ":", ";"} else f" {more}"
+    return text[:1].upper() + text[1:] if parts and isinstance(parts[0], list) else text
 
 
 READERS = {

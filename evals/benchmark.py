@@ -262,6 +262,11 @@ def read_json(path: Path):
         raise ValueError(f"{path} can't be read as JSON: {error}") from None
 
 
+def check_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--out {path} is a file; expected a folder, or a name that is free")
+
+
 def dumps(line: dict) -> str:
     """Half a character (of a text that was cut within an emoji) becomes its JSON escape: UTF-8 has none."""
     return json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
@@ -424,4 +429,5 @@ def prepare(args: argparse.Namespace, name: str, settings: Sequence[str] = ()) -
         raise ValueError(f"no folder {args.images}; expected the one that images lie in")
     args.settings["images"] = str(args.images.resolve())
     args.out = args.out or Path("runs/evals") / f"{name}-{args.model if args.model in NAMES else Path(args.model).name}"
+    check_folder(args.out)
     return args

@@ -43,7 +43,7 @@ from commandline import Parser, at_least, check_device, run
 from data.records import Sample
 from data.scenes import generator_for
 from evals import figures, probes, trials
-from evals.benchmark import answer, interval, interval_of_mean, read_json, replace_file
+from evals.benchmark import answer, check_folder, interval, interval_of_mean, read_json, replace_file
 from evals.variants import Course, Lessons, States, Variant, by_coordinates, examine, exercise, lesson, start, teach
 from overlay import KINDS
 from parallel import Place
@@ -110,7 +110,7 @@ class Lab:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, json.dumps(make()))
-        return json.loads(path.read_text())
+        return read_json(path)
 
     def ask(self, samples: Sequence[Sample], model: ViPLLaVA | None = None, limit: int = 16) -> list[str]:
         """The answers to the samples' questions."""
@@ -319,6 +319,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"{budget}, side {args.side}; expected at most {max(STUDENT)} seeds, and no less than "
                          f"{2 * len(KINDS)} exercises, 128 probed scenes and a side of 32")
     out = args.out or Path("runs/quick" if args.quick else "runs/experiments")
+    check_folder(out)
     model, tokenizer = checkpoint.load(args.model, check_device(args.device), torch.float32)
     if model.config.quantized:
         raise ValueError(f"{args.model} is {model.config.quantized}; expected 16 or 32 bits a weight")
@@ -348,6 +349,8 @@ def refuse_another(out: Path, about: dict) -> None:
     """The folder's results must be of these settings. ValueError: they are of others."""
     path = out / "about.json"
     then = read_json(path) if path.is_file() else about
+    if not isinstance(then, dict):
+        raise ValueError(f"{path} says nothing of a model or budget; expected another --out")
     if changed := [f"{key} {then.get(key)}, now {about.get(key)}" for key in {**then, **about} if then.get(key) != about.get(key)]:
         expected = "expected the same flags, or another --out"
         raise ValueError(f"{path} speaks of another model or budget ({'; '.join(changed)}); {expected}")

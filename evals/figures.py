@@ -21,19 +21,20 @@ def read(path: Path) -> dict:
         said = None
     needed = {"series", "x", "accuracy", "low", "high", "chance"}
     rows = said.get("rows") if isinstance(said, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= needed for row in rows):
+    sound = isinstance(rows, list) and rows and all(isinstance(row, dict) and row.keys() >= needed for row in rows)
+    if not sound or not all(isinstance(row[key], (int, float)) for row in rows for key in needed - {"series", "x"}):
         raise ValueError(f"{path} holds no results; expected what evals.experiments has written, such as overlay.json")
     return said
 
 
 def draw(path: Path) -> Path | None:
     """Beside results.json its figure; None, and a line that says so, where there is no matplotlib."""
+    said = read(path)
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no figure: matplotlib is not here (pip install -r requirements-figures.txt)", file=sys.stderr)
         return None
-    said = read(path)
     groups = panels(said["rows"])
     columns = min(3, len(groups))
     lines = -(-len(groups) // columns)
@@ -105,7 +106,12 @@ def main(argv: list[str]) -> None:
     for path in args.results:
         if not path.is_file():
             raise ValueError(f"no file {path}; expected what evals.experiments has written")
-        print(markdown(path) if args.markdown else draw(path) or f"no figure of {path}")
+        if args.markdown:
+            print(markdown(path))
+        elif figure := draw(path):
+            print(figure)
+        else:
+            sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ import json
 import os
 import re
 import threading
-import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -81,12 +80,19 @@ class NoGrade(ValueError):
     """The judge replies, but not with a grade."""
 
 
+class Over(ConnectionError):
+    """Another question has failed for good, or Ctrl-C came."""
+
+
 class Cache:
     """Grades in a file of JSON lines; a thread may add one while others read."""
 
     def __init__(self, path: str | Path):
         self.path, self._lock = Path(path), threading.Lock()
         lines = read_lines(self.path, ["key", "score"])
+        for key, score in ((line["key"], line["score"]) for line in lines):
+            if not isinstance(key, str) or not isinstance(score, (int, float)) or not 0 <= score <= 1:
+                raise ValueError(f"{self.path} holds the grade {score!r} of {key!r:.20}; expected 0.0 to 1.0: take it away")
         self._grades = {line["key"]: line["score"] for line in lines}
         if self.path.is_file():
             write_lines(self.path, lines)  # without the half of a line that a cut run may have left
@@ -108,6 +114,7 @@ class Judge:
     model: str
     cache: Cache
     timeout: float = 60.0  # seconds for a reply
+    over: threading.Event = field(default_factory=threading.Event)  # once it is set nobody is asked any more
 
     def key(self, question: str, truth: str, answer: str, run: int) -> str:
         said = [self.url.rstrip("/"), self.model, PROMPT, question, truth, answer, run]
@@ -132,18 +139,18 @@ class Judge:
         body = {"model": self.model, "messages": [{"role": "user", "content": text}], "max_tokens": 3,
                 "temperature": temperature}
         for attempt in range(TRIES):
-            if attempt:
-                time.sleep(PAUSE * 2 ** (attempt - 1))
+            if self.over.wait(PAUSE * 2 ** (attempt - 1) if attempt else 0):
+                raise Over(f"the judge at {self.url} is not asked any more")
             try:
                 reply = self._post(json.dumps(body).encode())
                 return str(json.loads(reply)["choices"][0]["message"]["content"])
             except urllib.error.HTTPError as error:
-                problem = f"status {error.code}, {error.read(200).decode('utf-8', 'replace')}"
+                problem = f"status {error.code}, {beginning(error)}"
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
                     raise ValueError(f"the judge at {self.url} refuses: {problem}") from None
             except (OSError, http.client.HTTPException) as error:  # no server, no reply in time, a cut one
                 problem = f"{type(error).__name__}: {error}"
-            except (ValueError, LookupError, TypeError) as error:
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
                 problem = f"a reply that is no chat completion ({type(error).__name__}: {error})"
         raise ConnectionError(f"the judge at {self.url} gives no reply after {TRIES} tries: {problem}")
 
@@ -152,12 +159,29 @@ class Judge:
         if secret():
             request.add_unredirected_header("Authorization", f"Bearer {secret()}")  # for this server, and no other
         local = urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")  # no proxy stands before it
-        opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
+        opener = urllib.request.build_opener(NoRedirect, *([urllib.request.ProxyHandler({})] if local else []))
         with opener.open(request, timeout=self.timeout) as reply:
             return reply.read()
 
 
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Elsewhere urllib would ask without the question, by a GET. As it is, the status is an error."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+def beginning(error: urllib.error.HTTPError) -> str:
+    """What a server says of its error, if that comes."""
+    if place := error.headers.get("Location"):
+        return f"it is at {place}"
+    try:
+        return error.read(200).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return str(error.reason)
+
+
 def parse_grade(reply: str) -> float | None:
     """ "0.5", "1" or "0.5 |" -> the number, if it is one from 0 to 1."""
-    match = re.match(r"\s*(\d*\.?\d+)(?![\w.])", reply)
+    match = re.match(r"\s*(\d*\.?\d+)(?=\s|\||$)", reply)
     return float(match[1]) if match and 0 <= float(match[1]) <= 1 else None

@@ -90,8 +90,8 @@ def exercise(generator: np.random.Generator, size: tuple[int, int], kind: str, *
 
 
 class States:
-    """A file with the tower's hidden states for pictures 0 … n - 1, all depths. It is made once;
-    where a run was cut, the file is completed."""
+    """A file with the tower's hidden states for pictures 0 … n - 1, all depths. It is made once; where a run was cut, the
+    file is completed."""
 
     def __init__(self, path: Path, tower, pictures: Callable[[int], Image.Image], n: int, batch: int = 64):
         config = tower.config

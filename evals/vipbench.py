@@ -16,7 +16,6 @@ is 100 times the mean over the questions that take it; an interval is of that me
 import json
 import statistics
 import sys
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -29,7 +28,7 @@ from data.index import JSONFile
 from data.readers import Plan, field
 from data.records import Sample
 from evals.benchmark import Benchmark, ask, flags, prepare, read_json, replace_file, report, row
-from evals.judge import Cache, Judge, NoGrade, check_address
+from evals.judge import Cache, Judge, NoGrade, Over, check_address
 from evals.scorers import matches
 
 CAPABILITIES = {"rec": "Rec", "ocr": "OCR", "know": "Know", "math": "Math", "rel": "Rel", "lang": "Lang"}
@@ -107,7 +106,7 @@ def judged(judge: Judge, questions: dict, truths: dict, answers: dict, runs: int
     """The grades of every run. No answer is wrong, and nobody is asked about it. ValueError, ConnectionError: some grades
     are missing; those that are there are kept."""
     tasks = [(name, number) for number in range(runs) for name in truths]
-    over = threading.Event()  # one has failed for good, or Ctrl-C: the others need not be tried
+    over = judge.over  # one has failed for good, or Ctrl-C: the others need not be tried
 
     def one(task):
         name, number = task
@@ -117,6 +116,8 @@ def judged(judge: Judge, questions: dict, truths: dict, answers: dict, runs: int
             return judge.grade(questions[name], truths[name]["answer"], answers[name], number)
         except NoGrade as error:
             return error
+        except Over:
+            return 0.0  # whoever set it raises
         except BaseException:
             over.set()
             raise

@@ -69,7 +69,7 @@ def test_vcr_s_reason_is_the_answer_s(world):
     """Guards against a rationale that explains another answer; the boxes tell which is true."""
     for record in load(world, "vcr-val.json"):
         boxes = load(world, record["meta_dir"].removeprefix("./dataset/"))["boxes"]
-        (a,), (b,) = record["question"][1], record["question"][3]
+        (a,), (b,) = record["question"][1], record["question"][4]
         dx, dy = ((boxes[a][k] + boxes[a][k + 2] - boxes[b][k] - boxes[b][k + 2]) / 2 for k in (0, 1))
         way = ("left of" if dx < 0 else "right of") if abs(dx) >= abs(dy) else ("above" if dy < 0 else "below")
         assert record["answer_choices"][record["answer_label"]] == [[a], f"is {way}", [b], "."]
@@ -218,7 +218,7 @@ def test_files_are_the_same_twice_and_no_split_repeats_another(tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["-n", "0"], "n is 0"), (["--size", "8"], "size 8"), (["--seed", "-1"], "seed is -1"), (["--split", "dev"], "invalid choice"),
+    (["-n", "0"], "n is 0"), (["--size", "8"], "size 8"), (["--seed", "-1"], "--seed: -1 came"), (["--split", "dev"], "invalid choice"),
 ])
 def test_a_mistake_is_one_line(flags, words, tmp_path, capsys):
     """Guards against tracebacks and half a folder."""

@@ -293,11 +293,14 @@ def test_panels_join_what_shares_its_values():
     assert [list(panel) for panel in figures.panels(rows)] == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
-@pytest.mark.parametrize("text", ["{}", "[1]", "no JSON", '{"rows": [{"x": 1}]}'])
+@pytest.mark.parametrize("text", ["{}", "[1]", "no JSON", '{"rows": [{"x": 1}]}', '{"rows": []}',
+                                  '{"rows": [{"series": "a", "x": 1, "accuracy": "high", "low": 0, "high": 1, "chance": 0}]}'])
 def test_other_files_are_no_results(text, tmp_path, capsys):
     """Guards against a traceback where a folder's other files are given, too."""
     (tmp_path / "about.json").write_text(text)
     assert run(figures.main, ["--markdown", str(tmp_path / "about.json")]) == 2
+    assert "about.json holds no results" in capsys.readouterr().err
+    assert run(figures.main, [str(tmp_path / "about.json")]) == 2  # also where no figure can be drawn
     assert "about.json holds no results" in capsys.readouterr().err
 
 

@@ -84,8 +84,9 @@ def test_the_second_start_reads_the_index_only(tmp_path, monkeypatch):
     path.write_text(json.dumps(records(6)))
     assert list(JSONFile(path)) == records(6)
     os.utime(path, ns=(0, 0))
-    (tmp_path / ".a.json.index.npy").write_bytes(b"damaged")
-    assert list(JSONFile(path)) == records(6)
+    for damaged in (b"damaged", b"PK\x03\x04 no archive"):
+        (tmp_path / ".a.json.index.npy").write_bytes(damaged)
+        assert list(JSONFile(path)) == records(6)
 
 
 def test_a_folder_that_cant_be_written(tmp_path, monkeypatch):
@@ -94,6 +95,14 @@ def test_a_folder_that_cant_be_written(tmp_path, monkeypatch):
     path.write_text(json.dumps(records(5)))
     monkeypatch.setattr(index.np, "save", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
     assert list(JSONFile(path)) == records(5)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]  # nothing half written stays
+
+
+def test_a_number_too_long_for_python(tmp_path):
+    """Guards against a traceback over an error that says less than others."""
+    (tmp_path / "a.json").write_text('[{"n": %s}]' % ("9" * 5000))
+    with pytest.raises(ValueError, match="line 1: a damaged record .Exceeds the limit"):
+        JSONFile(tmp_path / "a.json")
 
 
 def test_what_goes_to_another_process_is_small(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from chat import IMAGE, encode_chat
 from commandline import run
-from data import records
+from data import readers, records
 from data import preview as preview_module
 from data.preview import pieces
 from data.readers import kind_of
@@ -203,6 +203,23 @@ def test_sentences_close_where_words_have_gone(images):
     told = {sample.turns[0].answer for i in range(20) for sample in [to_sample(record, images, np.random.default_rng(i))]}
     assert "A man, smiling, throws." in told and len(told) > 5
     assert not any(" ," in text or " ." in text for text in told)
+    record["grounding"] = "1,000 men <bbox0> walk with a dog ,a cat , <bbox1>"
+    told = {sample.turns[0].answer for i in range(20) for sample in [to_sample(record, images, np.random.default_rng(i))]}
+    assert "1,000 men walk with a dog, a cat." in told, told
+
+
+def test_words_of_vcr_stand_as_in_the_released_code():
+    """Guards against prompts in other letters than those that the tuned weights have seen."""
+    said = {0: "the person at the red point"}
+    assert readers.sentence([[0], "'s hand", "."], said) == "The person at the red point 's hand."
+    assert readers.sentence(["he holds", [0], ",", "or not", "?"], said) == "he holds the person at the red point, or not?"
+
+
+def test_a_question_without_an_image_stays_as_it_is(images):
+    """Guards against code whose first line loses its place; the released code strips only where <image> stood."""
+    said = talk("  def f():\n", "It is a function.")
+    sample = to_sample({"id": "text", "conversations": said}, images, np.random.default_rng(0))
+    assert sample.turns[0].question == "  def f():\n"
 
 
 def test_an_image_beyond_all_limits_is_a_bad_record(images, monkeypatch):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -65,10 +66,44 @@ def test_what_the_judge_reads_and_how_long_it_is_given(tmp_path, server, monkeyp
     assert server.requests[-1][2]["messages"][0]["content"] == judge_file.PROMPT + "\nWhat? | a <AND> b <OR> c | d | "
     server.say = lambda prompt, times: (503, "busy")
     monkeypatch.setattr(judge_file, "PAUSE", 2.0)
-    monkeypatch.setattr(judge_file.time, "sleep", pauses.append)
+    monkeypatch.setattr(judge.over, "wait", pauses.append)
     with pytest.raises(ConnectionError, match="after 5 tries"):
         judge.grade("What?", "a", "another", 0)
-    assert pauses == [2, 4, 8, 16]
+    assert pauses == [0, 2, 4, 8, 16]
+    judge.over.wait = lambda seconds: True
+    with pytest.raises(ConnectionError, match="not asked any more"):  # as after Ctrl-C
+        judge.grade("What?", "a", "another", 0)
+    assert len(server.requests) == 6
+
+
+@pytest.mark.parametrize("head, words", [
+    (b"HTTP/1.1 500 no\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "after 5 tries: status 500"),
+    (b"HTTP/1.1 500 no\r\nContent-Length: 9\r\n\r\n", "after 5 tries: status 500"),
+    (b"HTTP/1.1 302 there\r\nLocation: http://127.0.0.1:9/other\r\n\r\n", "refuses: status 302, it is at http://127.0.0.1:9/other"),
+    (b"HTTP/1.1 200 ok\r\n\r\n" + b"[" * 200_000, "no chat completion .RecursionError"),
+])
+def test_a_judge_whose_errors_are_broken(tmp_path, monkeypatch, head, words):
+    """Guards against: a traceback, or a judge that isn't asked again, over what it says of its error; a question that is asked
+    elsewhere without its words; a reply that is nested deeply."""
+    monkeypatch.setattr(judge_file, "PAUSE", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve():
+            while True:
+                try:
+                    with listening.accept()[0] as there:
+                        there.sendall(head)
+                        there.shutdown(socket.SHUT_WR)
+                        while there.recv(100_000):
+                            pass
+                except OSError:
+                    return
+
+        threading.Thread(target=serve, daemon=True).start()
+        judge = Judge(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", "judge", Cache(tmp_path / "judge.jsonl"), timeout=5.0)
+        with pytest.raises((ConnectionError, ValueError), match=words):
+            judge.grade("What?", "a", "b", 0)
+        listening.shutdown(socket.SHUT_RDWR)
 
 
 def prediction(prompt: str) -> str:
@@ -161,6 +196,14 @@ def test_half_a_grade_spoils_no_other(tmp_path):
     assert Cache(tmp_path / "judge.jsonl").get("b") == 0.5
 
 
+@pytest.mark.parametrize("line", ['{"key": "a", "score": 7}', '{"key": "a", "score": "x"}', '{"key": [1], "score": 1}'])
+def test_a_grade_that_is_none_is_not_taken_up(tmp_path, line):
+    """Guards against a traceback, and against 700 % in a table."""
+    (tmp_path / "judge.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="judge.jsonl holds the grade .*take it away"):
+        Cache(tmp_path / "judge.jsonl")
+
+
 def test_nonsense_is_asked_for_again_then_named(bench, tmp_path, server, capsys):
     """Guards against a 0.0 for an answer that nobody graded: one is never graded, one at the third time, the others at once."""
 
@@ -232,6 +275,7 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_told(key, bench, tmp_path,
 @pytest.mark.parametrize("reply, grade", [
     ("1.0", 1.0), ("0", 0.0), (" 0.3 |", 0.3), (".5", 0.5), ("1", 1.0), ("0.5\n", 0.5),
     ("1.5", None), ("-1", None), ("", None), ("one", None), ("0.5.1", None), ("10", None), ("0.5x", None),
+    ("1/2", None), ("0,5", None), ("1%", None), ("0/10", None), ("1:2", None), ("0.5|", 0.5), ("0.5 because", 0.5),
 ])
 def test_grades(reply, grade):
     """Guards against 10 that is read as 1, and against words that are read as 0."""
