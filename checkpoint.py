@@ -135,8 +135,7 @@ def load_parts(llm, clip=DEFAULT_CLIP, projector=None, device=None, dtype: torch
 def _tower(clip) -> tuple[Part, dict]:
     """The image tower of a CLIP checkpoint, and its config."""
     folder = find(clip)
-    config = _clip_config(folder)
-    return Part(weight_files(folder), drop=CLIP_REST), section(config, "vision_config", {})
+    return Part(weight_files(folder), drop=CLIP_REST), section(_clip_config(folder), "vision_config", {})
 
 
 def _clip_config(folder: Path) -> dict:

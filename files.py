@@ -124,8 +124,8 @@ class Part:
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of the files', mapped, not yet read."""
-        found, _ = {}, self._stamps
-        for file in self.files:
+        found = {}
+        for file in self._stamps:  # which are taken before the first is opened
             tensors = self.open(file)
             if twice := found.keys() & tensors.keys():
                 raise ValueError(f"{file} holds {min(twice)}, which another file holds too")

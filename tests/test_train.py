@@ -221,24 +221,28 @@ def test_loss_falls(tmp_path, capsys):
         main(["tiny-captions", "--out", str(tmp_path), "--steps", "25", "--plot", *FLAGS])
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_stopped_run_continues_exactly(optimizer, tmp_path, monkeypatch, capfd):
-    """Guards against a resume that forgets an optimizer, the schedule or the place in the data: bit for bit."""
-    command = ["tiny-markers", "--steps", "8", "--save-every", "100", "--optimizer", optimizer, *FLAGS, "--out"]
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    main([*command, str(tmp_path / "whole")])
+def stop_at_5(command):
+    """A run of 8 steps that gets SIGTERM in its fifth."""
     step = journal.Journal.step
 
-    def stop_at_5(self, done, *rest):
+    def stopping(self, done, *rest):
         step(self, done, *rest)
         if done == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(journal.Journal, "step", stop_at_5)
-    with pytest.raises(SystemExit, match="stopped after step 5 of 8"):
-        main([*command, str(tmp_path / "cut")])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="stopped after step 5 of 8"):
+        patch.setattr(journal.Journal, "step", stopping)
+        main(command)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_stopped_run_continues_exactly(optimizer, tmp_path, capfd):
+    """Guards against a resume that forgets an optimizer, the schedule or the place in the data: bit for bit."""
+    command = ["tiny-markers", "--steps", "8", "--save-every", "100", "--optimizer", optimizer, *FLAGS, "--out"]
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    main([*command, str(tmp_path / "whole")])
+    stop_at_5([*command, str(tmp_path / "cut")])
     assert capfd.readouterr().err == "stopping after this step\n"
-    monkeypatch.setattr(journal.Journal, "step", step)
     main([*command, str(tmp_path / "cut")])
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     assert "resumed" in capfd.readouterr().out and losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -246,20 +250,10 @@ def test_a_stopped_run_continues_exactly(optimizer, tmp_path, monkeypatch, capfd
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
 
-def test_a_run_stopped_before_its_first_line_continues(tmp_path, monkeypatch):
+def test_a_run_stopped_before_its_first_line_continues(tmp_path):
     """Guards against "the same command continues", which is refused then: the model that is there has no log."""
     command = ["tiny-markers", "--steps", "8", *FLAGS, "--log-every", "100", "--out", str(tmp_path / "run")]
-    step = journal.Journal.step
-
-    def stop_at_5(self, done, *rest):
-        step(self, done, *rest)
-        if done == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(journal.Journal, "step", stop_at_5)
-    with pytest.raises(SystemExit, match="stopped after step 5 of 8"):
-        main(command)
-    monkeypatch.setattr(journal.Journal, "step", step)
+    stop_at_5(command)
     main(command)
     assert [line["step"] for line in log(tmp_path / "run") if "lr" in line] == [5, 8]
 
