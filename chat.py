@@ -131,6 +131,9 @@ def _parts(template, turns):
 def _check_turns(template_name, turns):
     if not turns:
         raise ValueError("a prompt needs at least one turn, got none")
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn.question, str) or not isinstance(turn.answer, str | None):
+            raise ValueError(f"turn {number} is {turn}; expected text as its question and, if any, its answer")
     for number, turn in enumerate(turns[:-1], 1):
         if turn.answer is None:
             raise ValueError(f"turn {number} of {len(turns)} has no answer; only the last may go without")

@@ -274,6 +274,8 @@ def _beside(folder) -> Iterator[Path]:
 def check_target(folder, adapter: bool = False) -> Path:
     """The folder, if `save` may write there, or `adapter`: lora.save. ValueError: a file or another model would be lost, or
     an adapter and a model lie in one folder, of which only the adapter would be found."""
+    if not str(folder):
+        raise ValueError("the folder is ''; expected a name")
     folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; expected a folder, or a name that is free")

@@ -105,7 +105,8 @@ def upright(image: Image.Image) -> Image.Image:
         values = np.asarray(image, dtype=np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"pixels of {values.min()} to {values.max()}; expected 8 or 16 bits")
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        eight = image.mode == "I" and values.max() < 256  # kept in 32
+        return Image.fromarray((values if eight else values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range; expected 8 or 16 bits")
     if image.has_transparency_data:

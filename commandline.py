@@ -12,6 +12,7 @@ check_ours.
 """
 
 import argparse
+import contextlib
 import os
 import struct
 import sys
@@ -76,6 +77,8 @@ OURS = "drawn by ViP-LLaVA"  # the description of an image that a command here h
 def check_ours(path: Path) -> None:
     """ValueError: a file lies there that is not ours to replace: a photo, perhaps, that only exists once."""
     if path.exists():
+        if not path.is_file():  # to open a pipe would wait for ever
+            raise ValueError(f"can't save {path}, which is no plain file; expected another name")
         try:
             with Image.open(path) as image:
                 ours = image.getexif().get(ExifTags.Base.ImageDescription) == OURS
@@ -100,7 +103,8 @@ def save_image(image: Image.Image, path: Path) -> None:
 def complain(error: Exception) -> None:
     """One line, whatever bytes a file's name has."""
     line = f"error: {' '.join(str(error).split())}"
-    print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it, and the exit status tells all the same
+        print(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
@@ -110,8 +114,8 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
         if getattr(sys, name) is None:  # closed, as by >&-
             setattr(sys, name, open(os.devnull, mode))
     if argv is None:
-        for stream in (sys.stdin, sys.stdout):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no characters, as Python takes them in argv
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     try:
         main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

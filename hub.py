@@ -8,6 +8,7 @@
 
 import os
 import re
+import textwrap
 from pathlib import Path
 
 NAMES = {
@@ -17,6 +18,7 @@ NAMES = {
     "phi3": "mucai/vip-llava-phi-3-mini-3.8B",
     "tiny": "tiny",  # comes with this code
 }
+WANTED = ("model.safetensors", "model.safetensors.index.json", "adapter.safetensors")  # where one is, no .bin is needed
 WEIGHTS = Path(__file__).resolve().parent / "weights"  # tiny, and under its hub name what was downloaded by hand
 
 
@@ -38,21 +40,26 @@ def find(path_or_name: str | Path) -> Path:
 def download(repo: str, by_hand: Path) -> Path:
     """Fetch configs, tokenizer and weights into the hub's cache: safetensors if there are any, else .bin; no code."""
     from huggingface_hub import snapshot_download  # half a second that only a download needs
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     small = ["*.json", "*.model", "merges.txt"]
     try:
         folder = Path(snapshot_download(repo, allow_patterns=["*.safetensors", *small], ignore_patterns="*/*"))
-        if not any(folder.glob("*.safetensors")):
+        if not any((folder / name).is_file() for name in WANTED):
             folder = Path(snapshot_download(repo, allow_patterns=["*.bin", *small], ignore_patterns="*/*"))
         return folder
-    except RepositoryNotFoundError:
+    except GatedRepoError:
+        raise FileNotFoundError(
+            f"{repo} is open only to those who asked for it, at https://huggingface.co/{repo}; then log in by `hf auth login`"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
         raise FileNotFoundError(
             f"no folder {repo} here, and the Hugging Face hub shows no such model (misspelled, or not open to all?)"
         ) from None
     except Exception as error:  # of whichever HTTP library this version of the hub's client stands on
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        cause = error.__cause__ or error  # the client's own words are "please check your connection", whatever it was
+        reason = textwrap.shorten(f"{type(cause).__name__}: {cause}", 300, placeholder=" …")
         raise FileNotFoundError(
-            f"{repo} can't be downloaded ({reason}); by hand: put the .json, tokenizer and .safetensors (or else "
+            f"no folder {repo} here, and it can't be downloaded ({reason}); by hand: put the .json, tokenizer and .safetensors (or else "
             f".bin) files of https://huggingface.co/{repo}/tree/main into {by_hand}"
         ) from None

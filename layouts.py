@@ -210,18 +210,20 @@ def clip_configs(config: dict) -> tuple[VisionConfig, TextConfig, int]:
 
 def feature_layers(config: dict, inputs: int, width: int) -> tuple[int, ...]:
     """The layers of a tower `width` wide that a projector with so many inputs was made for."""
+    given = {}
     for key in ("vision_feature_layers", "vision_feature_layer"):  # both are about, each for one and for many
-        given = [] if config.get(key) is None else config[key]
-        layers = given if isinstance(given, list) else [given]
-        if not all(type(layer) is int for layer in layers):
-            raise ValueError(f"the config says {key} {given!r}; expected whole numbers")
-        if len(layers) * width == inputs:
-            return tuple(layers)
-    if len(FIVE) * width == inputs:
+        value = [] if config.get(key) is None else config[key]
+        given[key] = tuple(value) if isinstance(value, list) else (value,)
+        if not all(type(layer) is int for layer in given[key]):
+            raise ValueError(f"the config says {key} {value!r}; expected whole numbers")
+    fitting = {layers for layers in given.values() if len(layers) * width == inputs}
+    if len(fitting) == 1:
+        return fitting.pop()
+    if max(map(len, given.values())) <= 1 and len(FIVE) * width == inputs:
         return FIVE
     raise ValueError(
         f"the projector reads {inputs} channels, the tower is {width} wide; expected {inputs / width:g} layers as "
-        f'"vision_feature_layers" in the config, got {config.get("vision_feature_layers")}'
+        f'"vision_feature_layers" in the config, got {" and ".join(str(list(layers)) for layers in given.values() if layers) or None}'
     )
 
 

@@ -162,8 +162,12 @@ class Chat:
     def run(self) -> None:
         """Lines from stdin until it ends or /quit; a mistake is said, and changes nothing."""
         while True:
+            prompt = "> " if sys.stdin.isatty() else ""
+            if not sys.stdout.isatty():  # it has answers only
+                print(prompt, end="", file=sys.stderr, flush=True)
+                prompt = ""
             try:
-                line = input("> " if sys.stdin.isatty() else "").strip()
+                line = input(prompt).strip()
             except EOFError:
                 return
             if line == "/quit":
@@ -171,7 +175,7 @@ class Chat:
             try:
                 if line.startswith("/"):
                     name, value = [*line[1:].split(None, 1), "", ""][:2]
-                    print(self.command(name, value), file=sys.stderr)  # stdout has answers only
+                    print(self.command(name, value), file=sys.stderr)
                 elif line:
                     self.ask(line)
             except BrokenPipeError:  # nobody reads the answers any more

@@ -263,6 +263,8 @@ class Tokenizer:
             raise ValueError(f"{source}: expected a BPE, with byte fallback (LLaMA) or byte-level (Llama-3), got "
                              f"{'neither' if model.get('type') == 'BPE' else model.get('type', 'no tokenizer')}")
         self.specials = {token["content"]: token["id"] for token in spec.get("added_tokens", ())}
+        if wrong := [name for name, i in self.specials.items() if type(i) is not int]:
+            raise ValueError(f"{source}: the added token {wrong[0]!r} has the id {self.specials[wrong[0]]!r}; expected a whole number")
         self.bos, self.eos = _find_ends(self.specials, config or {}, source)
         self.prefix = self.marks_spaces and _adds_prefix(spec, source)
         self.spec = dict(spec, **_llama_steps(self.prefix)) if self.marks_spaces else spec

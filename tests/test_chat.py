@@ -128,6 +128,7 @@ def test_mistakes_in_a_prompt_are_one_line(tiny):
         ("llava_v1", [Turn("\ud800")]), ("plain", [Turn("a question", "b", True)]),
         ("plain", [Turn("", "a", True), Turn("", "b")]),
         ("llava_phi_3", [Turn("a")]), ("llava_llama_3", [Turn("a")]),
+        ("llava_v1", [Turn(None)]), ("llava_v1", [Turn(b"a")]), ("llava_v1", [Turn("a", 5)]),
     ]:
         with pytest.raises(ValueError) as error:
             encode_chat(tiny, template, turns)

@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -379,8 +380,13 @@ def test_layers_that_a_tower_lacks_are_refused(tmp_path):
 
 
 def test_an_unknown_number_of_layers_is_refused(tmp_path):
-    """Guards against: a guess at which three layers a projector was made for."""
+    """Guards against: a guess at which three layers a projector was made for, or at which of two lists is meant."""
     assert fails(write(tmp_path, HF, tensors_of(make(feature_layers=(1, 2, 3)), str)), "3 layers", "vision_feature_layers")
+    for both in ({"vision_feature_layers": [-2, -3]}, {"vision_feature_layers": [1, 2, 3], "vision_feature_layer": [3, 2, 1]}):
+        (given, *_), width = both.values(), 12
+        with pytest.raises(ValueError, match=re.escape(str(given))):
+            layouts.feature_layers(both, (5 if len(given) == 2 else 3) * width, width)
+    assert layouts.feature_layers({"vision_feature_layers": [1, 2], "vision_feature_layer": -2}, 24, 12) == (1, 2)
 
 
 @pytest.mark.parametrize("part, change, words", [

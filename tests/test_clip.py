@@ -524,6 +524,12 @@ def test_an_image_too_long_and_thin_is_refused(size, mode, fine, monkeypatch):
             preprocess(image, 224, mode)
 
 
+def test_8_bits_kept_in_32():
+    """Guards against: a mask or a picture of small whole numbers that comes out black."""
+    values = np.array([[0, 7, 255]], dtype=np.int32)
+    assert np.array_equal(np.asarray(upright(Image.fromarray(values)))[..., 0], values)
+
+
 def test_pixels_beyond_16_bits_are_refused(tmp_path):
     """Guards against a 32-bit image whose bright parts all come out white."""
     Image.fromarray(np.array([[0, 70_000]], dtype=np.int32)).save(tmp_path / "deep.tif")

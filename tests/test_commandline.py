@@ -1,5 +1,6 @@
 """What all commands do alike."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import commandline
-from commandline import Parser, check_device, run, with_bar
+from commandline import Parser, check_device, check_ours, run, with_bar
 from parallel import find_place
 
 ROOT = Path(commandline.__file__).parent
@@ -69,7 +70,23 @@ def test_nobody_reads_on():
     assert process.stderr.read() == "" and process.wait(60) == 141
 
 
+def test_bytes_that_are_no_characters():
+    """Guards against a question, or a file's name, that is another one than was typed, and a way of its own for each."""
+    code = "import os, sys; from commandline import run; sys.exit(run(lambda argv: print(os.fsencode(input()))))"
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=ROOT, input=b"n\xff.png\n", capture_output=True, timeout=60)
+    assert (process.returncode, process.stdout.strip()) == (0, b"b'n\\xff.png'"), process
+
+
+def test_what_is_no_plain_file_is_not_written_over(tmp_path):
+    """Guards against a pipe that is opened, which waits for ever."""
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match="no plain file"):
+        check_ours(tmp_path / "pipe.png")
+
+
 @pytest.mark.parametrize("closed, body, status", [
+    ("2>/dev/full", "open('nosuch')", 2),
     ("<&-", "print(sys.stdin.read())", 0), (">&-", "print(1)", 0), ("2>&-", "open('nosuch')", 2),
     ("<&- >&- 2>&-", "print(sys.stdin.read())", 0),
 ])

@@ -4,7 +4,9 @@ import fnmatch
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError,
+)
 
 import checkpoint
 import hub
@@ -30,9 +32,11 @@ def test_find(tmp_path, monkeypatch):
 
 
 def test_download_takes_one_kind_of_weights(tmp_path, monkeypatch):
-    """Guards against: 14 GB fetched twice, as safetensors and as .bin, or a repository's code."""
+    """Guards against: 14 GB fetched twice, as safetensors and as .bin, or a repository's code; and weights that are not
+    fetched as something else is there as safetensors."""
     repos = {"a/safe": ["config.json", "model.safetensors", "pytorch_model.bin", "run.py", "onnx/model.safetensors"],
-             "a/bin": ["config.json", "tokenizer.model", "pytorch_model.bin", "mm_projector.bin"]}
+             "a/bin": ["config.json", "tokenizer.model", "pytorch_model.bin", "mm_projector.bin"],
+             "a/both": ["config.json", "pytorch_model.bin", "adapter_model.safetensors"]}
     taken = set()
 
     def snapshot_download(repo, allow_patterns, ignore_patterns):
@@ -49,6 +53,9 @@ def test_download_takes_one_kind_of_weights(tmp_path, monkeypatch):
     taken.clear()
     hub.find("a/bin")
     assert taken == set(repos["a/bin"])
+    taken.clear()
+    hub.find("a/both")
+    assert taken == set(repos["a/both"])
 
 
 class ProxyError(Exception):
@@ -74,13 +81,28 @@ def test_no_network(monkeypatch, error):
     assert type(error).__name__ in text and str(error).split("\n")[0] in text
 
 
-def test_no_such_model_on_the_hub(monkeypatch):
-    """Guards against: a misspelled name that is taken for a network that is down."""
+@pytest.mark.parametrize("kind, words", [
+    (RepositoryNotFoundError, "the Hugging Face hub shows no such model"), (HFValidationError, "shows no such model"),
+    (GatedRepoError, "open only to those who asked for it, at https://huggingface.co/some/typo; then log in"),
+])
+def test_no_such_model_on_the_hub(monkeypatch, kind, words):
+    """Guards against: a misspelled name that is taken for a network that is down, and a closed one for a misspelled one."""
 
     def not_found(*_, **__):
-        raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)  # its arguments differ with the client's version
+        raise kind.__new__(kind)  # its arguments differ with the client's version
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", not_found)
-    with pytest.raises(FileNotFoundError, match="the Hugging Face hub shows no such model") as caught:
+    with pytest.raises(FileNotFoundError, match=words) as caught:
         hub.find("some/typo")
     assert "by hand" not in str(caught.value)
+
+
+def test_the_true_reason_is_told(monkeypatch):
+    """Guards against: "please check your connection" where the hub had an answer, and a word that is cut in two."""
+
+    def refused(*_, **__):
+        raise LocalEntryNotFoundError("please check your connection") from OSError("403 Forbidden " + "and more " * 90)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
+    with pytest.raises(FileNotFoundError, match=r"no folder some/typo here, .*OSError: 403 Forbidden .*(and|more) …\)"):
+        hub.find("some/typo")

@@ -654,6 +654,20 @@ def test_an_earlier_image_is_not_lost_to_show(here, monkeypatch):
     Path("new.png").unlink()
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_the_prompt_is_for_a_person(here, monkeypatch, seen):
+    """Guards against "> " among the answers, where these go to a file, and against none for a person who types."""
+
+    class Terminal(io.StringIO):
+        isatty = lambda self: True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("What?\n"))
+    out, err = Terminal() if seen else io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        sample.Chat(Echo(), Path("photo.jpg"), open_image("photo.jpg"), [], []).run()
+    assert (out.getvalue(), err.getvalue()) == (("> > ", "") if seen else ("", "> > "))
+
+
 def test_a_chat_that_outgrows_the_context(here, monkeypatch):
     """Guards against a chat that ends, or forgets silently, where the model's context ends."""
     lines = ["What is this thing over there?"] * 12 + ["/new", "What?"]

@@ -211,6 +211,8 @@ def test_other_kinds_of_files_are_refused(tiny, tmp_path):
     with pytest.raises(ValueError) as error:
         Tokenizer.load(path)
     assert "'model type': 1, 'byte fallback': 1, 'kinds of pieces': [1, 2, 3, 6]" in one_line(error)
+    with pytest.raises(ValueError, match="the added token '<s>' has the id '1'; expected a whole number"):
+        Tokenizer(dict(tiny.spec, added_tokens=[{"content": "<s>", "id": "1"}]))
     nfkc = dict(tiny.spec, normalizer={"type": "NFKC"})
     word_piece = dict(tiny.spec, model={"type": "WordPiece", "vocab": {"a": 0}})
     broken = dict(tiny.spec, model=dict(tiny.spec["model"], merges=[["no", "such"]]))
