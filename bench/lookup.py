@@ -29,12 +29,14 @@ import checkpoint
 from bench.answering import Ours, finished
 from bench.sides import alone
 from bench.training import SIZES, config_of, write_weights
+from chat import TEMPLATES, stop_ids
 from commandline import Parser, at_least, check_device, run
 from data.scenes import generator_for
-from evals.benchmark import look, prompt
+from evals.benchmark import look, prompt, template_of
 from evals.scenes import TASKS, sample_of
 from generate import generate, kept_in
 from llama import KVCache
+from tokenizer import Stream
 
 FOUND = 2  # tokens that must have come before,
 DRAFT = 4  # and tokens after them that are proposed
@@ -60,18 +62,30 @@ def steps_of(asked: Sequence[int], answer: Sequence[int]) -> int:
     return steps
 
 
-def gains(model, tokenizer, n: int) -> dict[str, float]:
-    """Task -> tokens a step, of n greedy answers each."""
+def answered(model, tokenizer, sample) -> tuple[list[int], list[int]]:
+    """The ids that ask, and those of the greedy answer."""
+    ids, template = prompt(model, tokenizer, sample), template_of(model, sample)
+    stream, said = Stream(tokenizer, TEMPLATES[template].stop), []
+    stop = stop_ids(tokenizer, template)
+    for (token,) in generate(model, [ids], look(model, sample)[None], max_new_tokens=100, stop_ids=stop):
+        said.append(token)
+        stream.push(token)
+        if stream.stopped:
+            break
+    return ids, said
+
+
+def gains(model, tokenizer, n: int) -> dict[str, float | None]:
+    """Task -> tokens a step, of n greedy answers each; None where each is a single token, which takes no step."""
     found = {}
     for task in ("markers", *TASKS):
         tokens = steps = 0
         for i in range(n):
             name = "arrow" if task == "markers" else task
             sample = sample_of(name, generator_for("test", 0, i), (224, 224))
-            ids, pixels = prompt(model, tokenizer, sample), look(model, sample)[None]
-            answer = [token for (token,) in generate(model, [ids], pixels, max_new_tokens=100, stop_ids={tokenizer.eos})]
-            tokens, steps = tokens + len(answer) - 1, steps + steps_of(ids, answer)
-        found[task] = tokens / max(1, steps)
+            asked, answer = answered(model, tokenizer, sample)
+            tokens, steps = tokens + max(0, len(answer) - 1), steps + steps_of(asked, answer)
+        found[task] = tokens / steps if steps else None
     return found
 
 
@@ -86,7 +100,7 @@ def cost(args: argparse.Namespace, folder: str, precision: str, repeat: int = 7)
         for _ in range(2 + repeat):
             cache.length.fill_(SO_FAR)
             began = finished(weight.device)
-            model.llama.prefill(embeds, cache)
+            model.llama.lm_head(model.llama(embeds, cache))  # what is proposed is compared at every place
             seconds.append(finished(weight.device) - began)
         times.append(statistics.median(seconds[2:]))
     return times[1] / times[0]
@@ -103,7 +117,7 @@ def main(argv: list[str]) -> None:
     args.device, args.words, args.compile = check_device(args.device), 2, False
     said = {"tokens a step": gains(*checkpoint.load("tiny", args.device), args.n)}
     for task, gain in said["tokens a step"].items():
-        print(f"{task:24} {gain:.2f} tokens a step")
+        print(f"{task:24} {'no step' if gain is None else f'{gain:.2f} tokens a step'}")
     with tempfile.TemporaryDirectory() as folder:
         alone(write_weights, config_of(args), "bfloat16", args.device, f"{folder}/model")
         said["cost"] = {precision: cost(args, f"{folder}/model", precision) for precision in args.precision}

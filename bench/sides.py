@@ -25,9 +25,16 @@ def serve(make: Callable, arguments: tuple, pipe) -> None:
             error = MemoryError(str(error))
         told = isinstance(error, (ValueError, OSError, MemoryError))  # in one line
         return pipe.send(error if told else RuntimeError(f"{type(error).__name__}: {error}"))
-    scale = 1 if sys.platform == "darwin" else 1024
     on_gpu = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
-    pipe.send(on_gpu or scale * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    pipe.send(on_gpu or peak_memory())
+
+
+def peak_memory() -> int:
+    """The most bytes that this process ever had in memory."""
+    if sys.platform == "linux":  # where getrusage begins with the most of the process that started this one
+        with open("/proc/self/status") as file:
+            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Side:

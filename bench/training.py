@@ -15,6 +15,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import platform
 import statistics
 import sys
@@ -217,7 +218,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch", type=partial(at_least, 1), default=16, help="samples a step (16)")
     parser.add_argument("--tokens", type=partial(at_least, 2), default=128, help="words after the image (128)")
     parser.add_argument("--layers", type=partial(at_least, 1), help="of the decoder: fewer, to try something out (the size's own)")
-    parser.add_argument("--image-size", type=int, help="side of the image in pixels (the size's own)")
+    parser.add_argument("--image-size", type=partial(at_least, 1), help="side of the image in pixels (the size's own)")
     parser.add_argument("--steps", type=partial(at_least, 1), default=10, help="steps timed of each side (10)")
     parser.add_argument("--warmup", type=partial(at_least, 1), default=3, help="steps before them (3)")
     parser.add_argument("--apart", action="store_true", help="one side after the other")
@@ -227,6 +228,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="MFU is a part of it (a matrix product's)")
     args = parser.parse_args(argv)
     args.device, low = check_device(args.device), getattr(torch, args.precision)
+    if not 0 <= args.peak_tflops < math.inf:
+        raise ValueError(f"--peak-tflops is {args.peak_tflops}; expected a number above 0, or 0 for what is measured")
     with torch.device("meta"):
         model = ViPLLaVA(config_of(args))
     count = sum(p.numel() for p in model.parameters()) / 1e6

@@ -345,6 +345,9 @@ def vcr_choices(record: dict, key: str) -> tuple[list, int]:
 def vcr_regions(record: dict, images: Path, texts: list[list]) -> tuple[list[int], list[list[Region]]]:
     """The numbers of the objects that the texts speak of, and the region of each, from the file "meta_dir", or from
     "meta", its content."""
+    for text in texts:
+        if not isinstance(text, list) or not text or not all(isinstance(part, str) or isinstance(part, list) and part for part in text):
+            raise ValueError(f"{str(text)[:60]!r} is among the texts; expected lists of words and of lists of objects")
     names = field(record, "class_names", list)
     meta = record.get("meta") or _vcr_meta(inside(images, field(record, "meta_dir", str), "meta_dir"))
     boxes, masks = field(meta, "boxes", list), field(meta, "segms", list)
@@ -375,7 +378,7 @@ def sentence(parts: list, said: dict[int, str]) -> str:
     at the beginning gets a capital, and all but a lone mark of punctuation stands apart: "the person … 's hand"."""
     text = ""
     for part in parts:
-        more = " and ".join(said[i] for i in part) if isinstance(part, list) else str(part)
+        more = " and ".join(said[i] for i in part) if isinstance(part, list) else part
         text += more if not text or more in {".", ",", "?", "!", ":", ";"} else f" {more}"
     return text[:1].upper() + text[1:] if parts and isinstance(parts[0], list) else text
 

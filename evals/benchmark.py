@@ -258,7 +258,7 @@ def read_json(path: Path):
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {path}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} can't be read as JSON: {error}") from None
 
 
@@ -351,7 +351,7 @@ def interval_of_mean(values: Sequence[float], draws: int = 2000) -> tuple[float,
 
 def row(scores: Sequence[bool] | Sequence[float]) -> dict:
     """The mean in percent, its 95 % interval, and of how many: of right and wrong, or of grades."""
-    counted = all(isinstance(score, bool) for score in scores)
+    counted = set(scores) <= {0, 1}
     low, high = interval(sum(scores), len(scores)) if counted else interval_of_mean(scores)
     said = {"score": sum(scores) / len(scores), "low": low, "high": high}
     return {**{key: round(100 * value, 4) for key, value in said.items()}, "n": len(scores)}
@@ -374,8 +374,11 @@ def right(line: dict, clean: Callable[[str], str] = str) -> bool:
 
 def report(title: str, args, lines: Sequence[dict], table: dict[str, dict], published: dict[str, str],
            name="results") -> None:
-    """Print the table and what was bad; write OUT/NAME.json, which holds no times: twice the same."""
+    """Write OUT/NAME.json, which holds no times: twice the same; then print what was bad, and the table."""
     bad = {line["metadata"]["record"]: line for line in lines if "error" in line["metadata"]}
+    results = {"benchmark": title, "model": args.model, "rows": table, "published": published,
+               "bad": [line["question_id"] for line in bad.values()]}
+    replace_file(args.out / f"{name}.json", json.dumps(results, indent=1) + "\n")
     for line in bad.values():
         about = line["metadata"]
         print(f"{args.data}, {about['where']}, {line['question_id']}: {about['error']}")
@@ -386,9 +389,6 @@ def report(title: str, args, lines: Sequence[dict], table: dict[str, dict], publ
         print(f"{label:24} {said['score']:6.2f}   95 % interval {low:6.2f} to {high:6.2f}   (of {said['n']})")
     for label, number in published.items():
         print(f"{'published, ' + label:24} {number}")
-    results = {"benchmark": title, "model": args.model, "rows": table, "published": published,
-               "bad": [line["question_id"] for line in bad.values()]}
-    replace_file(args.out / f"{name}.json", json.dumps(results, indent=1) + "\n")
 
 
 def size_of_region(box: Sequence[float], size: tuple[int, int]) -> str:

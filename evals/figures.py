@@ -17,12 +17,14 @@ def read(path: Path) -> dict:
     """An experiment's results. ValueError: the file holds none."""
     try:
         said = json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         said = None
-    needed = {"series", "x", "accuracy", "low", "high", "chance"}
-    rows = said.get("rows") if isinstance(said, dict) else None
-    sound = isinstance(rows, list) and rows and all(isinstance(row, dict) and row.keys() >= needed for row in rows)
-    if not sound or not all(isinstance(row[key], (int, float)) for row in rows for key in needed - {"series", "x"}):
+    number = (int, float)
+    needed = {"series": str, "x": (str, *number), "accuracy": number, "low": number, "high": number, "chance": number}
+    rows = said.get("rows") if isinstance(said, dict) and said.keys() >= {"experiment", "model"} else None
+    if not isinstance(rows, list) or not rows or not all(
+        isinstance(row, dict) and isinstance(row.get(key), kind) for row in rows for key, kind in needed.items()
+    ):
         raise ValueError(f"{path} holds no results; expected what evals.experiments has written, such as overlay.json")
     return said
 

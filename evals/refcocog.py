@@ -46,12 +46,15 @@ def tags(record: dict, sample: Sample) -> dict[str, str]:
 
 
 def regions(file: JSONFile) -> dict[int, list[str]]:
-    """The first record of each region -> the phrases of all. A bad record is a region of its own, without phrases."""
+    """The first record of each region -> the phrases of all. A record without a phrase is a region of its own."""
     first, truths = {}, {}
     for k in range(len(file)):
         try:
             record = file[k]
             region, phrase = json.dumps([record["image"], record["bboxes"]]), field(record, "answer", str)
+            phrase.encode()
+            if not phrase.strip():
+                raise ValueError("no phrase")
             truths.setdefault(first.setdefault(region, k), []).append(phrase)
         except (ValueError, KeyError):
             truths[k] = []
@@ -79,11 +82,11 @@ def main(argv: list[str]) -> None:
     truths = regions(JSONFile(args.data))
     kinds = (args.marker,) if args.marker else KINDS
     lines = ask(Benchmark("answers", partial(read, kinds), tags), args, list(truths))
-    good = [line for line in lines if "error" not in line["metadata"]]
-    found = cider_d([line["text"] for line in good], [truths[line["metadata"]["record"]] for line in good])
-    scores = iter(found)
-    cider = [0.0 if "error" in line["metadata"] else next(scores) for line in lines]
-    write_coco(args.out, lines, [truths[line["metadata"]["record"]] for line in lines])
+    phrases = [truths[line["metadata"]["record"]] for line in lines]
+    told = [k for k, texts in enumerate(phrases) if texts]  # the others' score is 0
+    found = dict(zip(told, cider_d([lines[k]["text"] for k in told], [phrases[k] for k in told])))
+    cider = [found.get(k, 0.0) for k in range(len(lines))]
+    write_coco(args.out, lines, phrases)
     report("RefCOCOg, CIDEr-D", args, lines, rows(lines, cider), PUBLISHED)
     print(f"METEOR: the COCO caption evaluation takes {args.out}/coco-annotations.json and coco-results.json")
 

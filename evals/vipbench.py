@@ -47,8 +47,8 @@ def read_truths(path: Path) -> dict[str, dict]:
     """v1_0 -> its "answer" and "capability". ValueError, with the name, for an item that lacks them."""
     truths = read_json(path)
     for name, truth in truths.items() if isinstance(truths, dict) else [("the file", None)]:
-        good = isinstance(truth, dict) and isinstance(truth.get("answer"), str) and truth.get("capability")
-        if not good or set(truth["capability"]) - CAPABILITIES.keys():
+        needs = truth.get("capability") if isinstance(truth, dict) and isinstance(truth.get("answer"), str) else None
+        if not needs or not isinstance(needs, list) or any(need not in list(CAPABILITIES) for need in needs):
             raise ValueError(f"{path}: {name} is {str(truth)[:60]}; expected an answer and capabilities "
                              f"({', '.join(CAPABILITIES)})")
     return truths

@@ -6,8 +6,11 @@ import json
 import pytest
 import torch
 
+import checkpoint
 from bench import bits, images, kernels, lookup, records, sides, speed, training
 from commandline import run
+from data.scenes import generator_for
+from evals.scenes import sample_of
 
 
 @pytest.mark.parametrize("trained", ["language", "lora"])
@@ -18,6 +21,14 @@ def test_training_steps(capsys, trained):
     out, told = (text.splitlines() for text in capsys.readouterr())
     assert "tiny (2.2 M)" in out[0] and "samples/s" in out[1] and json.loads(out[-1])["ours"]["peak"] > 0
     assert [line.split("; ")[0] for line in told] == ["warm-up", "step"] and told[1].startswith("step; ours ")
+
+
+@pytest.mark.parametrize("flags", [["--image-size", "0"], ["--image-size", "-14"], ["--peak-tflops", "-1"], ["--peak-tflops", "nan"]])
+def test_sizes_and_peaks_that_are_none(capsys, flags):
+    """Guards against a flag that is passed over, and a traceback."""
+    assert run(training.main, ["--device", "cpu", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and flags[0] in err
 
 
 def test_records(capsys):
@@ -90,6 +101,22 @@ def no_memory():
     raise torch.OutOfMemoryError("no room")
 
 
+class Idle:
+    def __init__(self, *arguments):
+        pass
+
+
+def test_a_side_s_memory_is_its_own():
+    """Guards against a peak that a process takes over from the one that started it."""
+    large = torch.ones(2**28, dtype=torch.float32, device="cpu")  # 1 GB
+    large += 1
+    del large
+    side = sides.Side("idle", Idle)
+    side.start()
+    side.stop()
+    assert 1e7 < side.peak < 0.8e9
+
+
 def test_flops():
     """Guards against a limit that is not one: the 7B model's numbers, counted by hand."""
     config = speed.SIZES["7b"]
@@ -119,4 +146,14 @@ def test_lookup(capsys):
     flags = ["--size", "tiny", "--layers", "1", "-n", "1", "--precision", "int8", "--device", "cpu"]
     assert run(lookup.main, flags) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert min(found["tokens a step"].values()) >= 0 and found["cost"]["int8"] > 0
+    gains = found["tokens a step"]
+    assert min(gain for gain in gains.values() if gain is not None) >= 1 and gains["v7w"] is None and found["cost"]["int8"] > 0
+
+
+def test_a_caption_ends_with_its_line():
+    """Guards against gains that are counted on what nobody reads: captions end with a newline, not with </s>."""
+    model, tokenizer = checkpoint.load("tiny", "cpu", torch.float32)
+    sample = sample_of("captions", generator_for("test", 0, 0), (224, 224))
+    assert sample.is_caption
+    _, said = lookup.answered(model, tokenizer, sample)
+    assert 1 < len(said) < 60 and tokenizer.decode(said).endswith("\n") and "\n" not in tokenizer.decode(said[:-1])

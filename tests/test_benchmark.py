@@ -402,6 +402,30 @@ def test_a_bad_record_does_not_stand_for_a_good_one(tmp_path):
     assert refcocog.regions(JSONFile(tmp_path / "some.json")) == {0: [], 1: ["a man", "the man"]}
 
 
+@pytest.mark.parametrize("answer", ["", " ", "half a \ud83d"])
+def test_a_phrase_that_is_none_is_no_truth(world, tmp_path, monkeypatch, capsys, answer):
+    """Guards against a bad record that hides behind a good one of the same region, and lowers its score."""
+    respond(monkeypatch, lambda sample: sample.turns[0].answer)
+    shutil.copytree(world / "images", tmp_path / "images")
+    records = json.loads((world / "refcocog-val.json").read_text())
+    (tmp_path / "refcocog-val.json").write_text(json.dumps([*records, {**records[0], "answer": answer}]))
+    scores = []
+    for folder in (world, tmp_path):
+        assert evaluate("refcocog", folder, tmp_path / f"out-{folder.name}", "--marker", "ellipse") == 0
+        said = json.loads((tmp_path / f"out-{folder.name}" / "results.json").read_text())
+        scores.append((said["rows"]["all"]["score"] * said["rows"]["all"]["n"], len(said["bad"])))
+    assert scores == [(pytest.approx(scores[1][0]), 0), (scores[1][0], 1)]
+
+
+def test_a_table_that_nobody_reads_is_kept(world, tmp_path, monkeypatch):
+    """Guards against results that are lost with `… | head -1`."""
+    respond(monkeypatch, lambda sample: sample.turns[0].answer)
+    monkeypatch.setattr("builtins.print", lambda *_, **__: (_ for _ in ()).throw(BrokenPipeError()))
+    with pytest.raises(BrokenPipeError):
+        pointqa.main(["--data", str(world / "pointQA_twice_test.json"), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert (tmp_path / "out" / "results.json").is_file()
+
+
 def test_numbers_in_words_count_after_the_clean_up(world, tmp_path, monkeypatch):
     """Guards against a clean-up that leaks into the exact match, and one that is not done."""
     words = "zero one two three four five six seven".split()
@@ -426,6 +450,7 @@ def test_intervals_of_means():
     low, high = interval_of_mean(values)
     error = 1.96 * np.std(values) / 20
     assert low == pytest.approx(np.mean(values) - error, abs=0.005) and high == pytest.approx(np.mean(values) + error, abs=0.005)
+    assert row([0.0, 0.0, 0.0])["high"] == row([False] * 3)["high"] > 50  # matches count as answers do
     assert row([0.25, 0.75])["score"] == 50 and row([True] * 10)["low"] == pytest.approx(72.25, abs=0.01)
 
 

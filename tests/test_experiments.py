@@ -294,7 +294,9 @@ def test_panels_join_what_shares_its_values():
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", "no JSON", '{"rows": [{"x": 1}]}', '{"rows": []}',
-                                  '{"rows": [{"series": "a", "x": 1, "accuracy": "high", "low": 0, "high": 1, "chance": 0}]}'])
+                                  '{"experiment": "e", "model": "m", "rows": [{"series": "a", "x": 1, "accuracy": "high", "low": 0, "high": 1, "chance": 0}]}',
+                                  '{"experiment": "e", "model": "m", "rows": [{"series": [], "x": 1, "accuracy": 1, "low": 0, "high": 1, "chance": 0}]}',
+                                  '{"rows": [{"series": "a", "x": 1, "accuracy": 1, "low": 0, "high": 1, "chance": 0}]}', "[" * 100000])
 def test_other_files_are_no_results(text, tmp_path, capsys):
     """Guards against a traceback where a folder's other files are given, too."""
     (tmp_path / "about.json").write_text(text)
@@ -308,7 +310,7 @@ def test_tables_have_a_line_a_series(tmp_path, capsys):
     """Guards against numbers under another value's name."""
     rows = [row(series, x, [[1.0] * right + [0.0] * (10 - right)], 0.1) for series, x, right in
             (("a", "p", 5), ("a", "q", 9), ("b", "p", 2), ("b", "q", 0))]
-    (tmp_path / "r.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "r.json").write_text(json.dumps({"experiment": "r", "model": "tiny", "rows": rows}))
     assert run(figures.main, ["--markdown", str(tmp_path / "r.json")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| | p | q |" and lines[2].startswith("| a | 50.0 (23.7 to 76.3) | 90.0 (59.6 to 98.2) |")

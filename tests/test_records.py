@@ -275,6 +275,8 @@ BAD = [
     ("v7w", "answer", [0, 0, 1, 1], "is not one of 4 bboxes"),
     ("v7w", "bboxes", [OTHER] * 4, "is not one of 4 bboxes"),
     ("vcr", "meta_dir", "./dataset/meta/none.json", "is not in"),
+    ("vcr", "question", [None], "'[None]' is among the texts"), ("vcr", "question", [[]], "'[[]]' is among the texts"),
+    ("vcr", "answer_choices", ["He is.", "She is.", "It is.", "No."], "'He is.' is among the texts; expected lists of words"),
     ("vcr", "answer_label", 4, "answer_label is 4 of 4 choices"),
     ("vcr", "question", [[9], "runs"], "objects [0, 1, 2, 9] are mentioned; expected whole numbers below 3"),
     ("refcocog", "segmentations", [[10, 10, 50, 10, 50, 50]], "a polygon of a segmentation is 10; expected a list"),

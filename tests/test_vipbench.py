@@ -318,6 +318,9 @@ def test_a_mistake_is_one_line(flags, words, bench, tmp_path, capsys):
 @pytest.mark.parametrize("name, text, words", [
     ("vip-bench-meta-data.json", "[]", "the file is None; expected an answer and capabilities"),
     ("vip-bench-meta-data.json", '{"v1_0": {"answer": "a", "capability": ["smell"]}}', "v1_0 is {'answer'"),
+    ("vip-bench-meta-data.json", '{"v1_0": {"answer": "a", "capability": [["rec"]]}}', "v1_0 is {'answer'"),
+    ("vip-bench-meta-data.json", '{"v1_0": {"answer": "a", "capability": 5}}', "v1_0 is {'answer'"),
+    ("vip-bench-meta-data.json", "[" * 100_000, "can't be read as JSON"),
     ("vip-bench-meta-data.json", "{", "can't be read as JSON"),
     ("human/questions.jsonl", '{"question_id": "0", "text": "a"}', "line 1: question_id is '0'; expected a whole number"),
     ("human/questions.jsonl", '{"question_id": 7, "text": "a"}\n{"question_id": 7, "text": "b"}', "line 2: question_id 7 came already"),
