@@ -60,6 +60,6 @@ def download(repo: str, by_hand: Path) -> Path:
         cause = error.__cause__ or error  # the client's own words are "please check your connection", whatever it was
         reason = textwrap.shorten(f"{type(cause).__name__}: {cause}", 300, placeholder=" …")
         raise FileNotFoundError(
-            f"no folder {repo} here, and it can't be downloaded ({reason}); by hand: put the .json, tokenizer and .safetensors (or else "
-            f".bin) files of https://huggingface.co/{repo}/tree/main into {by_hand}"
+            f"no folder {repo} here, and it can't be downloaded ({reason}); by hand: put the .json, tokenizer and "
+            f".safetensors (or else .bin) files of https://huggingface.co/{repo}/tree/main into {by_hand}"
         ) from None

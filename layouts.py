@@ -223,7 +223,7 @@ def feature_layers(config: dict, inputs: int, width: int) -> tuple[int, ...]:
         return FIVE
     raise ValueError(
         f"the projector reads {inputs} channels, the tower is {width} wide; expected {inputs / width:g} layers as "
-        f'"vision_feature_layers" in the config, got {" and ".join(str(list(layers)) for layers in given.values() if layers) or None}'
+        f'"vision_feature_layers" in the config, got {given}'
     )
 
 

@@ -52,9 +52,9 @@ def regions(file: JSONFile) -> dict[int, list[str]]:
         try:
             record = file[k]
             region, phrase = json.dumps([record["image"], record["bboxes"]]), field(record, "answer", str)
-            phrase.encode()
+            phrase.encode()  # ValueError: it has half a character
             if not phrase.strip():
-                raise ValueError("no phrase")
+                raise ValueError("the phrase is empty")
             truths.setdefault(first.setdefault(region, k), []).append(phrase)
         except (ValueError, KeyError):
             truths[k] = []

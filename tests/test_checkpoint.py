@@ -384,7 +384,7 @@ def test_an_unknown_number_of_layers_is_refused(tmp_path):
     assert fails(write(tmp_path, HF, tensors_of(make(feature_layers=(1, 2, 3)), str)), "3 layers", "vision_feature_layers")
     for both in ({"vision_feature_layers": [-2, -3]}, {"vision_feature_layers": [1, 2, 3], "vision_feature_layer": [3, 2, 1]}):
         (given, *_), width = both.values(), 12
-        with pytest.raises(ValueError, match=re.escape(str(given))):
+        with pytest.raises(ValueError, match=re.escape(str(tuple(given)))):
             layouts.feature_layers(both, (5 if len(given) == 2 else 3) * width, width)
     assert layouts.feature_layers({"vision_feature_layers": [1, 2], "vision_feature_layer": -2}, 24, 12) == (1, 2)
 
