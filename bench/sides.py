@@ -1,5 +1,6 @@
 """Both sides of a comparison, each in a process of its own: its memory can be told, and they take turns."""
 
+import contextlib
 import multiprocessing
 import resource
 import sys
@@ -30,10 +31,12 @@ def serve(make: Callable, arguments: tuple, pipe) -> None:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process ever had in memory."""
-    if sys.platform == "linux":  # where getrusage begins with the most of the process that started this one
-        with open("/proc/self/status") as file:
-            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
+    """The most bytes that this process ever had in memory. What getrusage tells, on Linux, begins with the most of the process
+    that started it."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
