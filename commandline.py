@@ -13,6 +13,7 @@ check_ours.
 
 import argparse
 import contextlib
+import math
 import os
 import struct
 import sys
@@ -57,6 +58,17 @@ def at_least(low: int, text: str) -> int:
     return value
 
 
+def amount(text: str) -> float:
+    """A flag's number, of 0 or more: a type for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} came; expected a number of 0 or more")
+    return value
+
+
 def with_bar(items: Iterable, what: str, total: int, unit: str = "it") -> Iterable:
     """The same items, with a progress bar on stderr where a person watches."""
     if not total or not sys.stderr.isatty():
@@ -67,8 +79,9 @@ def with_bar(items: Iterable, what: str, total: int, unit: str = "it") -> Iterab
 
 
 def out_of_memory(error: Exception) -> bool:
-    """A GPU's memory has an exception of its own; for a CPU's PyTorch has but words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """CUDA's memory has an exception of its own; for a CPU's (Linux, Windows) and Apple's PyTorch has but words."""
+    words = "can't allocate memory", "not enough memory", "MPS backend out of memory", "Invalid buffer size"
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
 
 
 OURS = "drawn by ViP-LLaVA"  # the description of an image that a command here has written

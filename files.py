@@ -13,6 +13,7 @@ import itertools
 import json
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,6 +75,15 @@ def open_file(path: Path, some: Collection[str] | None = None) -> dict[str, torc
 
 def _is_plain(name, x) -> bool:
     return isinstance(name, str) and isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_meta
+
+
+def checksum(path: Path) -> int:
+    """Of all of a file's bytes: another one means other bytes."""
+    total = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            total = zlib.crc32(block, total)
+    return total
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path, about: dict[str, str] | None = None) -> None:

@@ -73,8 +73,9 @@ class Memory:
         if self.cache is None or self.cache.slots.numel() < slots:
             before = 0 if self.cache is None else self.cache.slots.numel()
             slots = min(max(-(-slots // ROOM) * ROOM, 2 * before), config.text.context + BUCKET)
-            start = torch.full((1,), known, device=like.device)
-            new = self.cache.continued(known, start, slots) if known else KVCache(config.text, start, slots, kept_in(like))
+            with torch.inference_mode(False):  # whatever the next call is made under, it writes into the same
+                start = torch.full((1,), known, device=like.device)
+                new = self.cache.continued(known, start, slots) if known else KVCache(config.text, start, slots, kept_in(like))
             self.cache = new
         self.cache.length.fill_(known)
         self.ids = []
@@ -225,7 +226,8 @@ def _check_request(config, prompts, rows, pixels, max_new_tokens: int) -> bool:
 
 def compile_steps(model: ViPLLaVA) -> None:
     """torch.compile the blocks, each once for all layers; the first call for a shape is slow. On a GPU a look at an image,
-    a lone prompt and a decoding step become CUDA graphs, too. Once is enough, and a second time changes nothing."""
+    a lone prompt and a decoding step become CUDA graphs, too. Once is enough, and a second time changes nothing; a copy of
+    the model would go on with this one's weights."""
     if isinstance(model.encode_images, Replayed):
         return
     torch._dynamo.config.recompile_limit = 64  # of the shapes that batches come in

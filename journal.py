@@ -28,14 +28,15 @@ class Journal:
         self.speaks = place.rank == 0  # of several processes one
         self.began, self.samples, self.tokens, self.skipped, self.told = time.perf_counter(), 0, 0, 0, first
         if self.speaks and (out / "log.jsonl").is_file():  # steps after the state that is taken up will be told again
-            lines = (out / "log.jsonl").read_bytes().split(b"\n")[:-1]  # the last may be half a one
+            lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)
+            lines = [line for line in lines if line.endswith(b"\n")]  # the last may be half a one
             try:
-                kept = [line.decode() for line in lines if json.loads(line)["step"] <= first]
+                kept = [line for line in lines if json.loads(line)["step"] <= first and first]
             except (ValueError, LookupError, TypeError):
                 raise ValueError(f"{out / 'log.jsonl'} is no log of a run; expected lines of JSON: take it away") from None
             if lines and not first and any(out.glob("*.safetensors")):
                 raise ValueError(f"{out} holds what a run has made, and no state to go on from; expected another --out")
-            (out / "log.jsonl.part").write_text("".join(f"{line}\n" for line in kept))
+            (out / "log.jsonl.part").write_bytes(b"".join(kept))
             os.replace(out / "log.jsonl.part", out / "log.jsonl")
             self.skipped = max((json.loads(line).get("bad", 0) for line in kept), default=0)
         self.list = out / f"bad-{place.rank}.txt"

@@ -216,9 +216,10 @@ class Llama(nn.Module):
         """Of tokens (B, T, C): their slots (T,), which slots they may see, (B, 1, T, S), and their rope_table."""
         T = embeds.size(1)
         slots = torch.arange(T, device=embeds.device)  # (T,)
-        if cache is None or fresh and not self._windowed(T):
+        told = self._windowed(T) or embeds.device.type == "mps"  # whose is_causal sees the future in 16 bits (PyTorch's issue 195910)
+        if cache is None or fresh and not told:
             positions = slots[None]  # (1, T)
-            mask = self._mask(positions, positions) if self._windowed(T) else None
+            mask = self._mask(positions, positions) if told else None
         else:
             slots = cache.length + slots
             positions, mask = cache.positions(slots), self._cached_mask(slots, cache)  # (B, T), (B, 1, T, S)

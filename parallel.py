@@ -68,6 +68,8 @@ def find_place(device: str | None) -> Place:
         torch.cuda.set_device(chosen)
     else:
         chosen = check_device(device)
+    if chosen.type == "mps":
+        raise ValueError(f"--device is mps for {world} processes; expected cpu or cuda, on which they can add up")
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return Place(chosen, dist.get_rank(), world)
 

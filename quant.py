@@ -126,10 +126,11 @@ opaque_int8_product.register_fake(lambda x, weight, scale: x.new_empty(len(x), l
 @cache
 def multiplies_whole_numbers() -> bool:
     """Has this CPU instructions that add products of 8 bits in 32? With older ones sums are cut off at 16."""
-    x, weight = torch.full((1, 512), 32512.0, dtype=torch.float32), torch.full((512, 512), 127, dtype=torch.int8)
+    x = torch.full((1, 512), 32512.0, dtype=torch.float32, device="cpu")
+    weight, ones = torch.full((512, 512), 127, dtype=torch.int8, device="cpu"), torch.ones(512, dtype=torch.float32, device="cpu")
     try:
         q, step, *_ = fixed16(x)
-        y = fixed16_product(q, step, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(512, dtype=torch.float32))
+        y = fixed16_product(q, step, torch.ops.onednn.qlinear_prepack(weight, None), ones)
     except (AttributeError, RuntimeError):  # PyTorch was built without oneDNN
         return False
     return bool((y == 512 * 127 * 32512).all())
@@ -286,8 +287,8 @@ def swap(model: nn.Module, scheme: str) -> nn.Module:
 
 
 def pack(model: nn.Module) -> nn.Module:
-    """The last step before use: the weights as this device's kernels want them. Layers that are laid out
-    anew for it (`packed`) can't be saved any more."""
+    """The last step before use: the weights as this device's kernels want them. Layers that are laid out anew for it
+    (`packed`) can't be saved any more, nor copied or cast."""
     for layer in model.modules():
         if isinstance(layer, tuple(SCHEMES.values())):
             layer.pack()

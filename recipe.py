@@ -80,6 +80,8 @@ def read_recipe(name: str) -> Recipe:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} can't be read as TOML: {error}") from None
+    if given.get("steps") and "epochs" in given:
+        raise ValueError(f"{path}: steps {given['steps']} and epochs {given['epochs']} came; expected one of them")
     types = {field.name: field.type for field in dataclasses.fields(Recipe)}
     for key, value in given.items():
         kind = types.get(key)
@@ -95,8 +97,8 @@ KIND_NAMES = {str: "a text", int: "a whole number", float: "a number"}
 
 def schedule(step: int, recipe: Recipe) -> float:
     """The learning rate in parts of its peak: transformers' cosine with warm-up, but for the warm-up's length, which is
-    rounded to the nearest step, not up, and its first step, which has a rate above 0 here."""
-    warm = max(1, round(recipe.warmup * recipe.steps))
+    rounded to the nearest step, not up, and its being a step ahead: it begins above 0, and the peak comes twice."""
+    warm = max(recipe.warmup > 0, round(recipe.warmup * recipe.steps))
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))

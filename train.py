@@ -42,13 +42,14 @@ import llama
 import lora
 import states
 from chat import HUMAN
-from commandline import Parser, at_least, check_ours, run
+from commandline import Parser, amount, at_least, check_ours, run
 from data import scenes
 from data.batches import SCENES, Examples, Micro, RecordSource, SceneSource, batches, parse_mix, text_sample
 from data.records import BadRecord, Records
-from evals.benchmark import answer, prompt
+from evals.benchmark import answer, look, prompt
 from evals.scenes import evaluate
 from evals.scorers import exact
+from files import checksum
 from journal import Journal, plot
 from muon import Muon, is_hidden_matrix
 from parallel import Objective, Place, find_place, gradients, lowered, spread
@@ -179,6 +180,7 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
         if stop:
             journal.tell(done, recipe, loss, norm)  # a run is known by its log
         if (done % habits.save_every == 0 or done == recipe.steps or stop) and (first or place.max(learned)):
+            journal.tell(done, recipe, loss, norm)  # how many were bad until then
             states.save(out, model, optimizers, done, about, habits.keep)  # as long as all were bad there is nothing to keep
         if stop:
             break
@@ -240,13 +242,13 @@ def to_measure_on(model: ViPLLaVA, tokenizer: Tokenizer, records: Records, n: in
     for k in [k * len(records) // n for k in range(n)] if len(records) > n else range(len(records)):
         try:
             if (sample := records[k]).open:
-                sample.open()
+                look(model, sample)
                 length = len(expand(prompt(model, tokenizer, sample), model.config.vision.patches))
                 if length > longest:
                     raise records.bad(k, f"a question of {length} tokens; expected at most {longest}")
                 good.append(k)
-        except BadRecord as error:
-            bad.append(error)
+        except ValueError as error:  # an image that is too long and thin, for one
+            bad.append(error if isinstance(error, BadRecord) else records.bad(k, str(error)))
     return good, bad
 
 
@@ -312,7 +314,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--recompute", action="store_true", help="activations of the decoder's blocks: less memory")
     parser.add_argument("--skip-bad", action="store_true", help="count and list bad records instead of stopping")
     parser.add_argument("--plot", action="store_true", help="draw loss.png")
-    parser.add_argument("--peak-tflops", type=float, default=0.0, help="of a device, to report MFU against")
+    parser.add_argument("--peak-tflops", type=amount, default=0.0, help="of a device, to report MFU against")
     for name, low, text in (
         ("micro", 0, "samples of a forward pass at most; 0: a process's share of the batch"),
         ("workers", 0, "processes that draw; on few cores they slow training down"),
@@ -490,6 +492,7 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
     objective = Objective(model, low, place.world > 1)
     read = source.records.files if isinstance(source, RecordSource) else []
     origin |= {f"bytes of {file.path}": file.path.stat().st_size for file in read}
+    origin |= {f"checksum of {file.path}": checksum(file.path) for file in read}
     if read:
         origin["images"] = str((args.images or Path(".")).resolve())
     return Task(objective, data, publish, measure, bool(read), flops_per_token(model), origin), recipe

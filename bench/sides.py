@@ -2,9 +2,13 @@
 
 import contextlib
 import multiprocessing
-import resource
 import sys
 from collections.abc import Callable
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 import torch
 
@@ -31,13 +35,13 @@ def serve(make: Callable, arguments: tuple, pipe) -> None:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process ever had in memory. What getrusage tells, on Linux, begins with the most of the process
-    that started it."""
+    """The most bytes that this process ever had in memory; 0: the system doesn't tell. What getrusage tells, on Linux, begins
+    with the most of the process that started it."""
     with contextlib.suppress(OSError), open("/proc/self/status") as file:
         for line in file:
             if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) if resource else 0
 
 
 class Side:

@@ -15,7 +15,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import math
 import platform
 import statistics
 import sys
@@ -33,7 +32,7 @@ import lora
 from bench.sides import Side, alone
 from chat import IMAGE
 from clip import VisionConfig
-from commandline import Parser, at_least, check_device, run
+from commandline import Parser, amount, at_least, check_device, run
 from parallel import Objective
 from recipe import TRAINED, Recipe, read_recipe
 from tokenizer import Tokenizer
@@ -225,11 +224,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device")
     parser.add_argument("--compile", action="store_true", help="our blocks by torch.compile")
-    parser.add_argument("--peak-tflops", type=float, default=0.0, help="MFU is a part of it (a matrix product's)")
+    parser.add_argument("--peak-tflops", type=amount, default=0.0, help="MFU is a part of it (a matrix product's)")
     args = parser.parse_args(argv)
     args.device, low = check_device(args.device), getattr(torch, args.precision)
-    if not 0 <= args.peak_tflops < math.inf:
-        raise ValueError(f"--peak-tflops is {args.peak_tflops}; expected a number above 0, or 0 for what is measured")
     with torch.device("meta"):
         model = ViPLLaVA(config_of(args))
     count = sum(p.numel() for p in model.parameters()) / 1e6

@@ -119,13 +119,15 @@ class RecordSource:
     """The records of files, epoch after epoch, each in an order of its own."""
 
     def __init__(self, files: list[Path], images: Path, seed: int):
-        self.records, self.seed = Records(files, images, seed), seed
+        self.records, self.seed, self._orders = Records(files, images, seed), seed, {}
         if not len(self.records):
             raise ValueError(f"no records in {', '.join(map(str, files))}")
 
-    @functools.lru_cache(maxsize=2)
     def order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.records))
+        if epoch not in self._orders:
+            self._orders = dict([*self._orders.items()][-1:])  # two epochs may meet in a step
+            self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(len(self.records))
+        return self._orders[epoch]
 
     def place(self, j: int) -> tuple[int, int]:
         """Epoch and record of sample j."""
@@ -157,7 +159,9 @@ class Example:
 
 def encode(sample: Sample, tokenizer: Tokenizer, config: ViPLLaVAConfig, plain: bool = False):
     """ids and labels (T,), pixels (3, S, S) or None. plain: as stage 1 of the paper, which leaves out what is asked and
-    keeps an unmarked image's centre only."""
+    keeps an unmarked image's centre only. ValueError: several answers came for it, or what can't be encoded."""
+    if plain and len(sample.turns) > 1:
+        raise ValueError(f"{len(sample.turns)} answers for the template plain, which has one; expected another template")
     prompt = encode_prompt(sample, tokenizer, "plain" if plain else config.template)
     ids, labels = with_patches(*prompt, config.vision.patches)
     pixels = None

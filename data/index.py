@@ -13,6 +13,7 @@ the text are positions in the file. JSON's own signs are ASCII, and what is deco
 import contextlib
 import json
 import os
+import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ class JSONFile(Sequence):
         self._table = self._load() if self._index.is_file() else None
         if self._table is None:
             self._table = self._build()
-        self._file, self._owner = None, None
+        self._opened = None, None, None  # by which process, the file, and what its threads take turns by
 
     @property
     def _index(self) -> Path:
@@ -90,11 +91,15 @@ class JSONFile(Sequence):
 
     def __getitem__(self, i: int) -> dict:
         start, end, _ = self._table[1 + range(len(self))[i]].tolist()
-        if self._owner != os.getpid():  # each process reads through a file of its own
-            self._file, self._owner = open(self.path, "rb", buffering=0), os.getpid()
-        self._file.seek(start)
+        owner, file, turns = self._opened
+        if owner != os.getpid():  # each process reads through a file of its own
+            file, turns = open(self.path, "rb", buffering=0), threading.Lock()
+            self._opened = os.getpid(), file, turns
+        with turns:
+            file.seek(start)
+            text = file.read(end - start)
         try:
-            record = json.loads(self._file.read(end - start))
+            record = json.loads(text)
         except RecursionError:
             raise ValueError(f"{self.where(i)} is nested too deeply; expected a record") from None
         except ValueError as error:
@@ -112,7 +117,7 @@ class JSONFile(Sequence):
 
 def _again(path: Path, kept: dict) -> JSONFile:
     file = JSONFile.__new__(JSONFile)
-    file.path, file._file, file._owner = path, None, None
+    file.path, file._opened = path, (None, None, None)
     file._table = kept["_table"] if kept else file._load()
     return file if file._table is not None else JSONFile(path)
 

@@ -1,6 +1,8 @@
 """A sheet of records as a model sees them: the marked image, its turns, and on a green ground what is trained.
 
     python data/records.py preview mine.json --images photos -n 12
+
+What its font lacks (Chinese and emoji, for two) is drawn as empty boxes, here only.
 """
 
 import itertools

@@ -283,7 +283,8 @@ def _vcr(record, images, generator) -> Plan:
         choices, right = vcr_choices(record, key)
         rounds.append((asked, choices, right) if generator.random() < 0.5 else (asked, choices[right : right + 1], 0))
     texts = [text for asked, choices, _ in rounds for text in ([asked] if asked else []) + choices]
-    things, groups = vcr_regions(record, images, texts)
+    every = [record["question"], *(text for key in ("answer", "rationale") for text in vcr_choices(record, key)[0])]
+    things, groups = vcr_regions(record, images, texts, every)  # a record is good or bad, whatever is drawn
     forms = [(_pick(generator, VCR_ASK), _pick(generator, VCR_WHY), _pick(generator, VCR_CHOICES)) for _ in rounds]
     endings = [_pick(generator, VCR_ANSWER) for _ in rounds]
     names = ["object" if generator.random() < 0.5 else name for name in record["class_names"]]
@@ -317,7 +318,8 @@ def vcr_choice(step: str, kind: str, record: dict, images: Path, generator: np.r
         choices, label = vcr_choices(record, "rationale")
     if len(choices) != 4:
         raise ValueError(f"{len(choices)} choices; expected four")
-    things, groups = vcr_regions(record, images, [*asked, *choices])
+    texts = [*asked, *choices]
+    things, groups = vcr_regions(record, images, texts, texts)
 
     def write(words):
         said = vcr_words(record["class_names"], things, words)
@@ -330,8 +332,9 @@ def vcr_choice(step: str, kind: str, record: dict, images: Path, generator: np.r
 
 
 def _vcr_choice(record, images, generator) -> Plan:
-    step, kind = ("qa", "qar")[generator.integers(2)], _pick(generator, KINDS)
-    return replace(vcr_choice(step, kind, record, images, generator), distribution=RELEASED)
+    chosen, kind = generator.integers(2), _pick(generator, KINDS)
+    plans = [vcr_choice(step, kind, record, images, generator) for step in ("qa", "qar")]  # good or bad, whichever is drawn
+    return replace(plans[chosen], distribution=RELEASED)
 
 
 def vcr_choices(record: dict, key: str) -> tuple[list, int]:
@@ -342,19 +345,20 @@ def vcr_choices(record: dict, key: str) -> tuple[list, int]:
     return choices, right
 
 
-def vcr_regions(record: dict, images: Path, texts: list[list]) -> tuple[list[int], list[list[Region]]]:
+def vcr_regions(record: dict, images: Path, texts: list[list], every: list[list]) -> tuple[list[int], list[list[Region]]]:
     """The numbers of the objects that the texts speak of, and the region of each, from the file "meta_dir", or from
-    "meta", its content."""
-    for text in texts:
+    "meta", its content. ValueError: one of `every`, the texts and others, is none, or speaks of what is not there."""
+    for text in every:
         if not isinstance(text, list) or not text or not all(isinstance(part, str) or isinstance(part, list) and part for part in text):
             raise ValueError(f"{str(text)[:60]!r} is among the texts; expected lists of words and of lists of objects")
     names = field(record, "class_names", list)
     meta = record.get("meta") or _vcr_meta(inside(images, field(record, "meta_dir", str), "meta_dir"))
     boxes, masks = field(meta, "boxes", list), field(meta, "segms", list)
-    things = sorted({i for text in texts for part in text if isinstance(part, list) for i in part})
+    mentioned = lambda texts: {i for text in texts for part in text if isinstance(part, list) for i in part}
     here = min(len(names), len(boxes), len(masks))
-    if things and not all(type(i) is int and 0 <= i < here for i in things):
-        raise ValueError(f"objects {things} are mentioned; expected whole numbers below {here}, which are there")
+    if not all(type(i) is int and 0 <= i < here for i in mentioned(every)):
+        raise ValueError(f"objects {sorted(mentioned(every))} are mentioned; expected whole numbers below {here}, which are there")
+    things = sorted(mentioned(texts))
     polygons = [[np.ravel(p).tolist() for p in masks[i] if len(p) >= 4] for i in things]
     return things, [[Region(box=boxes[i][:4], polygons=p)] for i, p in zip(things, polygons)]
 

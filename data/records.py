@@ -186,7 +186,8 @@ class BadRecord(ValueError):
 
     def __init__(self, path: Path, where: str, name: str, reason: str):
         super().__init__(path, where, name, reason)
-        self.path, self.where, self.id, self.reason = path, where, name, " ".join(reason.split())
+        self.path, self.where = path, where
+        self.id, self.reason = (" ".join(str(text).split()) for text in (name, reason))  # in one line
 
     def __str__(self) -> str:
         return f"{self.path}, {self.where}, {self.id}: {self.reason}"

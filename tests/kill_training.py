@@ -58,6 +58,8 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not Path("/proc/self/cmdline").is_file():
+        parser.error("processes are found in Linux's /proc, which is not here")
     draw, killed, runs = random.Random(args.seed), [], 0
     with tempfile.TemporaryDirectory() as folder:
         never, often = Path(folder) / "never", Path(folder) / "often"

@@ -1,5 +1,6 @@
 """What all commands do alike."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 import commandline
-from commandline import Parser, check_device, check_ours, run, with_bar
+import parallel
+from commandline import Parser, amount, check_device, check_ours, out_of_memory, run, with_bar
 from parallel import find_place
 
 ROOT = Path(commandline.__file__).parent
@@ -33,6 +35,23 @@ def test_a_cpu_without_memory_is_one_line(capsys):
     """Guards against a traceback where PyTorch has no exception of its own for what lacks."""
     assert run(lambda argv: torch.empty(10**14), []) == 2
     assert "can't allocate memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, full", [
+    ("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried", True),
+    ("DefaultCPUAllocator: not enough memory: you tried to allocate 14 bytes.", True),
+    ("MPS backend out of memory (MPS allocated: 9 GB)", True), ("Invalid buffer size: 14.00 GiB", True), ("a bug", False),
+])
+def test_memory_that_is_full_by_its_words(words, full):
+    """Guards against a traceback on Windows and on Apple's GPUs."""
+    assert out_of_memory(RuntimeError(words)) == full
+
+
+def test_a_number_of_a_flag():
+    assert amount("0") == 0 and amount("1e3") == 1000
+    for text in ("-1", "nan", "inf", "two"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' came; expected a number of 0 or more"):
+            amount(text)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, RuntimeError])
@@ -78,6 +97,7 @@ def test_bytes_that_are_no_characters():
     assert (process.returncode, process.stdout.strip()) == (0, b"b'n\\xff.png'"), process
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
 def test_what_is_no_plain_file_is_not_written_over(tmp_path):
     """Guards against a pipe that is opened, which waits for ever."""
     os.mkfifo(tmp_path / "pipe.png")
@@ -86,7 +106,7 @@ def test_what_is_no_plain_file_is_not_written_over(tmp_path):
 
 
 @pytest.mark.parametrize("closed, body, status", [
-    ("2>/dev/full", "open('nosuch')", 2),
+    pytest.param("2>/dev/full", "open('nosuch')", 2, marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")),
     ("<&-", "print(sys.stdin.read())", 0), (">&-", "print(1)", 0), ("2>&-", "open('nosuch')", 2),
     ("<&- >&- 2>&-", "print(sys.stdin.read())", 0),
 ])
@@ -114,6 +134,14 @@ def test_a_gpu_that_cannot_be_used_says_why(monkeypatch):
         check_device(None)
     with pytest.raises(ValueError, match=r"no device 'cuda' here \(it is busy\); expected cpu or cuda"):
         check_device("cuda")
+
+
+def test_processes_cannot_add_up_on_apples_gpu(monkeypatch):
+    """Guards against a traceback: torch.distributed knows CPUs and CUDA."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(parallel, "check_device", lambda name: torch.device("mps"))
+    with pytest.raises(ValueError, match="--device is mps for 2 processes; expected cpu or cuda"):
+        find_place("mps")
 
 
 def test_processes_take_gpus_of_their_own(monkeypatch):

@@ -3,6 +3,7 @@
     python -m pytest tests/test_generate.py
 """
 
+import contextlib
 import types
 import weakref
 from dataclasses import replace
@@ -331,6 +332,15 @@ def test_several_questions_about_one_image_share_it(seed, window, work):
     for prompts in ([[1, IMAGE, 5, 6], long], [[1, IMAGE, 5], [2, IMAGE, 5]], [[1, 2, IMAGE], [1, IMAGE, 3]], [[1, IMAGE], [1, IMAGE, 4]]):
         together = answers(model, prompts, pixels, max_new_tokens=8)
         assert together == [answers(model, [prompt], pixels, max_new_tokens=8)[0] for prompt in prompts]
+
+
+def test_a_memory_goes_from_one_mode_to_another():
+    """Guards against a cache that only torch.inference_mode may write into, as the first call was made under it."""
+    (model, pixels), memory, prompt = small(1), Memory(), PROMPTS[0]
+    expected = answers(model, [prompt], pixels[:1], max_new_tokens=4)
+    for mode in (torch.inference_mode, contextlib.nullcontext, torch.inference_mode):
+        with mode():
+            assert answers(model, [prompt], pixels[:1], max_new_tokens=4, memory=memory) == expected
 
 
 def test_a_memory_is_of_one_model():

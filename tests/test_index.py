@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -120,6 +121,16 @@ def _read(file):
     return [file[i]["id"] for i in range(len(file))]
 
 
+def test_threads_read_each_its_own(tmp_path):
+    """Guards against a file position that threads share: records that are another's, without a word."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(records(3000)))
+    file = JSONFile(path)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(_read, [file] * 8)) == [[f"x-{i}" for i in range(3000)]] * 8
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="Windows has no fork")
 def test_processes_read_each_for_itself(tmp_path):
     """Guards against a file position that forked processes share: each reads the other's records."""
     path = tmp_path / "a.json"

@@ -323,6 +323,25 @@ def test_a_bad_record_is_named_with_its_reason(kind, key, value, words, images):
     assert str(error).startswith(f"{images / 'mix.json'}, line {line}, ") and "\n" not in str(error)
 
 
+@pytest.mark.parametrize("kind", ["vcr", "vcr-choice"])
+@pytest.mark.parametrize("key", ["answer_choices", "rationale_choices"])
+def test_vcr_is_bad_whatever_is_drawn(kind, key, images):
+    """Guards against a record that `check` calls good, and a later epoch, which draws another of its choices, bad."""
+    record = {**copy.deepcopy(OFFICIAL["vcr"]), "id": f"{kind}-5"}
+    record[key][3] = [[7], "runs"]
+    for seed in range(12):
+        with pytest.raises(ValueError, match="7.* are mentioned; expected whole numbers below 3"):
+            to_sample(record, images, np.random.default_rng(seed))
+
+
+def test_an_id_is_a_line(images):
+    """Guards against a list of bad records that has one twice, as its id has several lines."""
+    (images / "mix.json").write_text(json.dumps([{**OFFICIAL["v7w"], "id": "v7w-a\nb\u2028c", "answer": 3}]))
+    with pytest.raises(BadRecord) as caught:
+        Records([images / "mix.json"], images)[0]
+    assert caught.value.id == "v7w-a b c" and len(str(caught.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("gap", ["<region0>", "<bbox1>"])
 def test_a_gap_without_an_image_is_no_text(gap, images):
     """Guards against: a question about a marker, trained as text alone."""

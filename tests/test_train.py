@@ -114,6 +114,8 @@ def test_the_schedule_warms_up_and_ends_near_zero():
     assert rates[0] == pytest.approx(1 / 20) and max(rates) == rates[19] == rates[20] == 1
     assert rates[110] == pytest.approx(0.5) and 0 < rates[-1] < 1e-3
     assert rates[:20] == sorted(rates[:20]) and rates[20:] == sorted(rates[20:], reverse=True)
+    cold = [schedule(step, dataclasses.replace(recipe, warmup=0.0)) for step in range(200)]
+    assert cold[0] == 1 > cold[1] and cold[100] == pytest.approx(0.5)  # none is none
 
 
 TRAINED = {  # what each kind of training moves, and what it must not
@@ -228,7 +230,7 @@ def stop_at_5(command):
     def stopping(self, done, *rest):
         step(self, done, *rest)
         if done == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="stopped after step 5 of 8"):
         patch.setattr(journal.Journal, "step", stopping)
@@ -404,6 +406,18 @@ def test_other_records_do_not_continue_a_run(base, mine, tmp_path):
     (tmp_path / "some.json").write_text(json.dumps(records[:-1]))
     with pytest.raises(ValueError, match="bytes of .*some.json [0-9]+, now [0-9]+"):
         main([*argv, "--steps", "3"])
+    (tmp_path / "some.json").write_text(json.dumps(records).replace("ring", "disc"))  # of the same length
+    with pytest.raises(ValueError, match="checksum of .*some.json [0-9]+, now [0-9]+"):
+        main([*argv, "--steps", "3"])
+
+
+def test_a_state_knows_how_many_were_bad(base, mine, tmp_path):
+    """Guards against a count that a killed run forgets, as its last line is older than its state."""
+    argv = ["stage2", "--model", str(base), "--data", str(mine / "bad.json"), "--images", str(mine), "--batch", "4", "--skip-bad",
+            "--length", "300", "--device", "cpu", "--out", str(tmp_path / "run"), "--steps", "6", "--save-every", "2", "--log-every", "6"]
+    main(argv)
+    lines = [line for line in log(tmp_path / "run") if "lr" in line]
+    assert [line["step"] for line in lines] == [2, 4, 6] and lines[-1]["bad"] == 2
 
 
 def test_a_run_does_not_bury_where_it_begins(base, tmp_path, monkeypatch):
@@ -593,13 +607,16 @@ def test_a_bad_record_to_measure_on_shows_before_the_training(base, mine, tmp_pa
     talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a ring"}]
     torn = {"id": "torn", "image": "torn.jpg", "conversations": talk}
     long = {**torn, "image": "2.png", "conversations": [{"from": "human", "value": "What? " * 400}, talk[1]]}
-    (images / "valid.json").write_text(json.dumps([{**records[0], "image": "none.png"}, torn, long, *records[3:]]))
+    Image.new("1", (1, 60_000)).save(images / "thin.png")
+    thin = {**torn, "id": "thin", "image": "thin.png"}
+    (images / "valid.json").write_text(json.dumps([{**records[0], "image": "none.png"}, torn, long, thin, *records[4:]]))
     argv = ["lora", "--model", str(base), "--data", str(mine / "good.json"), "--images", str(images), "--rank", "2", "--epochs", "0.25",
             *FLAGS, "--valid", str(images / "valid.json"), "--out", str(tmp_path / "run")]
     assert run(main, argv) == 2
     assert "mine-0: image none.png is not in" in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert run(main, [*argv, "--skip-bad"]) == 0
-    assert capsys.readouterr().out.count("not measured on: ") == 3 and log(tmp_path / "run")[-1]["step"] == 1
+    out = capsys.readouterr().out
+    assert out.count("not measured on: ") == 4 and "thin: an image of 1 x 60000 pixels is too long" in out and log(tmp_path / "run")[-1]["step"] == 1
 
 
 def test_an_adapter_is_all_that_is_gathered(base, tmp_path, monkeypatch):
@@ -704,6 +721,9 @@ def test_plain_captions_have_no_question(mine, tmp_path):
     sample = dataclasses.replace(train.Records([mine / "good.json"], mine)[0], turns=(Turn("Describe it.", "a ring", True),))
     ids, labels, pixels = encode(sample, tokenizer, model.config, plain=True)
     assert tokenizer.decode([i for i in ids if i >= 0 and i > 2]).strip() == "a ring"
+    several = dataclasses.replace(sample, turns=(*sample.turns, Turn("And?", "a disc")))
+    with pytest.raises(ValueError, match="2 answers for the template plain, which has one"):  # no answer is dropped unsaid
+        encode(several, tokenizer, model.config, plain=True)
 
 
 def test_plain_captions_have_the_images_centre(mine):
@@ -772,7 +792,7 @@ def test_recipes_are_the_paper_s():
 @pytest.mark.parametrize("text, words", [
     ("lr = 0.1\nsteps = 3", None), ("alpha = 3", None), ("stepz = 3", "there is no field 'stepz'; expected some of data"),
     ("steps = 1.5", "steps is 1.5; expected a whole number"), ("lr = true", "lr is True; expected a number"),
-    ("data = 3", "data is 3; expected a text"), ("lr = ", "can't be read as TOML"), ("batch = 0", "batch is 0"),
+    ("steps = 2\nepochs = 5", "steps 2 and epochs 5 came; expected one of them"), ("data = 3", "data is 3; expected a text"), ("lr = ", "can't be read as TOML"), ("batch = 0", "batch is 0"),
 ])
 def test_a_recipe_of_one_s_own(text, words, tmp_path):
     """Guards against fields that are passed over, and values that another type is made of."""
@@ -789,6 +809,7 @@ def test_a_recipe_of_one_s_own(text, words, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--lr", "x"], "invalid float"), (["--data", "cats"], "data 'cats' is neither a file nor drawn here"), (["--model", "/nowhere"], "no model"),
     (["--rank", "4"], "--rank came with a recipe that trains"), (["--batch", "-1"], "batch is -1"),
+    (["--peak-tflops", "nan"], "'nan' came; expected a number of 0 or more"),
     (["--steps", "5", "--epochs", "2"], "--steps 5 and --epochs 2 came; expected one of them"),
     (["--steps", "0"], "scenes never end"), (["--device", "abacus"], "no device"),
     (["--lr", "nan"], "lr is nan"), (["--log-every", "0"], "expected 1 or more"), (["--workers", "-1"], "expected 0 or more"),
