@@ -216,7 +216,8 @@ class Llama(nn.Module):
         """Of tokens (B, T, C): their slots (T,), which slots they may see, (B, 1, T, S), and their rope_table."""
         T = embeds.size(1)
         slots = torch.arange(T, device=embeds.device)  # (T,)
-        told = self._windowed(T) or embeds.device.type == "mps"  # whose is_causal sees the future in 16 bits (PyTorch's issue 195910)
+        # On Apple's GPUs is_causal has seen the future, in 16 bits (github.com/pytorch/pytorch/issues/195910).
+        told = self._windowed(T) or embeds.device.type == "mps"
         if cache is None or fresh and not told:
             positions = slots[None]  # (1, T)
             mask = self._mask(positions, positions) if told else None

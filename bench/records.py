@@ -16,7 +16,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from bench.sides import resource
+from bench.sides import largest
 from commandline import Parser, at_least, run
 from data import scenes
 
@@ -60,9 +60,8 @@ def main(argv: list[str]) -> None:
             command = [sys.executable, "data/records.py", "check", str(folder / "mix.json"), "--images", str(folder)]
             said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
             seconds = time.perf_counter() - began
-            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024) if resource else 0
             print(f"{which} check: {args.n:,} records, {size / 1e6:.0f} MB, {seconds:.0f} s on {os.cpu_count()} cores, "
-                  f"largest process {peak / 1e6:.0f} MB; {said.strip().splitlines()[-1].strip()}")
+                  f"largest process {largest(children=True) / 1e6:.0f} MB; {said.strip().splitlines()[-1].strip()}")
 
 
 if __name__ == "__main__":

@@ -35,13 +35,21 @@ def serve(make: Callable, arguments: tuple, pipe) -> None:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process ever had in memory; 0: the system doesn't tell. What getrusage tells, on Linux, begins
-    with the most of the process that started it."""
+    """The most bytes that this process ever had in memory. What getrusage tells, on Linux, begins with the most of the process
+    that started it."""
     with contextlib.suppress(OSError), open("/proc/self/status") as file:
         for line in file:
             if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) if resource else 0
+    return largest()
+
+
+def largest(children: bool = False) -> int:
+    """What getrusage tells of this process, or of the largest that it has waited for, in bytes; 0: there is none here."""
+    if resource is None:
+        return 0
+    told = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF).ru_maxrss
+    return told * (1 if sys.platform == "darwin" else 1024)
 
 
 class Side:
