@@ -61,7 +61,7 @@ class Journal:
             self.tell(done, recipe, loss, norm)
 
     def tell(self, done: int, recipe: Recipe, loss: float, norm: float) -> None:
-        """The line of a step, once: where one is due, and where the run stops."""
+        """The line of a step, once: where one is due, with each state, and where the run stops."""
         if done == self.told:
             return
         self.told = done

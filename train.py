@@ -177,11 +177,11 @@ def train(task: Task, recipe: Recipe, out: Path, base: str, place: Place, habits
             with lowered(place.device, low):
                 journal.measure(done, lambda: measure(model.eval()))
         stop = place.max(bool(stopping))  # on any of the processes: all stop after the same step
-        if stop:
-            journal.tell(done, recipe, loss, norm)  # a run is known by its log
-        if (done % habits.save_every == 0 or done == recipe.steps or stop) and (first or place.max(learned)):
-            journal.tell(done, recipe, loss, norm)  # how many were bad until then
-            states.save(out, model, optimizers, done, about, habits.keep)  # as long as all were bad there is nothing to keep
+        due = done % habits.save_every == 0 or done == recipe.steps or stop
+        if due:
+            journal.tell(done, recipe, loss, norm)  # a run is known by its log, which counts the bad records of a state
+        if due and (first or place.max(learned)):  # as long as all were bad there is nothing to keep
+            states.save(out, model, optimizers, done, about, habits.keep)
         if stop:
             break
     if first == 0 and not place.max(learned):
@@ -491,7 +491,7 @@ def answer_task(args: argparse.Namespace, recipe: Recipe, place: Place, low: tor
     data = Examples(source, tokenizer, model.config, recipe.template == "plain", recipe.length)
     objective = Objective(model, low, place.world > 1)
     read = source.records.files if isinstance(source, RecordSource) else []
-    origin |= {f"bytes of {file.path}": file.path.stat().st_size for file in read}
+    origin |= {f"bytes of {file.path}": file.path.stat().st_size for file in read}  # all that older states know
     origin |= {f"checksum of {file.path}": checksum(file.path) for file in read}
     if read:
         origin["images"] = str((args.images or Path(".")).resolve())

@@ -616,7 +616,8 @@ def test_a_bad_record_to_measure_on_shows_before_the_training(base, mine, tmp_pa
     assert "mine-0: image none.png is not in" in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert run(main, [*argv, "--skip-bad"]) == 0
     out = capsys.readouterr().out
-    assert out.count("not measured on: ") == 4 and "thin: an image of 1 x 60000 pixels is too long" in out and log(tmp_path / "run")[-1]["step"] == 1
+    assert out.count("not measured on: ") == 4 and "thin: an image of 1 x 60000 pixels is too long" in out
+    assert log(tmp_path / "run")[-1]["step"] == 1
 
 
 def test_an_adapter_is_all_that_is_gathered(base, tmp_path, monkeypatch):
@@ -792,7 +793,8 @@ def test_recipes_are_the_paper_s():
 @pytest.mark.parametrize("text, words", [
     ("lr = 0.1\nsteps = 3", None), ("alpha = 3", None), ("stepz = 3", "there is no field 'stepz'; expected some of data"),
     ("steps = 1.5", "steps is 1.5; expected a whole number"), ("lr = true", "lr is True; expected a number"),
-    ("steps = 2\nepochs = 5", "steps 2 and epochs 5 came; expected one of them"), ("data = 3", "data is 3; expected a text"), ("lr = ", "can't be read as TOML"), ("batch = 0", "batch is 0"),
+    ("steps = 2\nepochs = 5", "steps 2 and epochs 5 came; expected one of them"),
+    ("data = 3", "data is 3; expected a text"), ("lr = ", "can't be read as TOML"), ("batch = 0", "batch is 0"),
 ])
 def test_a_recipe_of_one_s_own(text, words, tmp_path):
     """Guards against fields that are passed over, and values that another type is made of."""
